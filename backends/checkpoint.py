@@ -1,0 +1,173 @@
+"""Reads a checkpoint directory in its published layout and tells what can be served from it.
+
+*Source:* the layout that sentence-transformers 6.2 reads (modules.json, 1_Pooling/config.json,
+sentence_bert_config.json, config_sentence_transformers.json) over transformers' config.json and tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backends.errors import CheckpointError
+
+# The first of these that exists holds the settings of the Transformer module.
+_TRANSFORMER_CONFIGS = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# The tokenizer's way to say that it knows no limit is a huge number (transformers' VERY_LARGE_INTEGER is 1e30).
+_NO_LIMIT = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Module:
+    """One link of the sentence-transformers chain after the transformer."""
+
+    kind: str
+    """The last part of its type: Pooling, Dense, LayerNorm, Normalize."""
+    path: Path
+    """Where its weights lie."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint directory says of itself."""
+
+    path: Path
+    config: Mapping[str, Any]
+    """config.json."""
+    transformer_path: Path
+    """Where config.json, the weights and the tokenizer lie: `path`, or the Transformer module's own folder."""
+    modules: tuple[Module, ...]
+    """The chain behind the transformer, from modules.json or by the rules for checkpoints without one."""
+    prompts: Mapping[str, str]
+    default_prompt_name: str | None
+    max_length: int
+    """Tokens of one text, special tokens included."""
+    lowercases: bool
+    """Whether sentence-transformers lower-cases texts before the tokenizer's own normaliser does its work."""
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def architecture(self) -> str:
+        """config.json's first architecture, such as BertModel; empty when it names none."""
+        return str((self.config.get("architectures") or [""])[0])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config["hidden_size"])
+
+    @classmethod
+    def read(cls, path: Path, max_length: int | None = None) -> Checkpoint:
+        """Reads the small files only. Raises CheckpointError, which names the file and what is wrong with it.
+
+        `max_length` lowers the checkpoint's own limit; it cannot raise it over what the positions allow.
+        """
+        declared = _declared_modules(path)
+        transformer_path = path / declared[0][1] if declared else path
+        config = _read_json(transformer_path / "config.json", required=True)
+        if not config.get("model_type"):
+            raise CheckpointError(f"{transformer_path / 'config.json'} has no model_type")
+        if not any((transformer_path / name).is_file() for name in _WEIGHTS):
+            raise CheckpointError(
+                f"{transformer_path} has no weights; one of {', '.join(_WEIGHTS)} belongs there. "
+                "A download that was cut short, or a git clone without git-lfs, looks like this"
+            )
+        if not any((transformer_path / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")):
+            raise CheckpointError(f"{transformer_path} has no tokenizer; a tokenizer.json belongs there")
+        transformer = next(
+            (found for name in _TRANSFORMER_CONFIGS if (found := _read_json(transformer_path / name))), {}
+        )
+        sentence = _read_json(path / "config_sentence_transformers.json")
+        prompts = {name: text for name, text in (sentence.get("prompts") or {}).items() if text}
+        default_prompt_name = sentence.get("default_prompt_name")
+        if default_prompt_name is not None and default_prompt_name not in (sentence.get("prompts") or {}):
+            raise CheckpointError(
+                f"{path / 'config_sentence_transformers.json'}: default_prompt_name is {default_prompt_name!r}, "
+                f"which is not one of its prompts ({', '.join(prompts) or 'it has none'})"
+            )
+        return cls(
+            path=path,
+            config=config,
+            transformer_path=transformer_path,
+            modules=_modules(path, config, declared),
+            prompts=prompts,
+            default_prompt_name=default_prompt_name if default_prompt_name in prompts else None,
+            max_length=_max_length(transformer_path, config, transformer, max_length),
+            lowercases=bool(transformer.get("do_lower_case")),
+        )
+
+
+def _read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise CheckpointError(f"{path.parent} has no {path.name}; is it the directory of a checkpoint?")
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}; a JSON object belongs there")
+    return content
+
+
+def _declared_modules(path: Path) -> list[tuple[str, str, str]]:
+    """(kind, folder, dotted type) of every entry of modules.json, the Transformer first; empty without the file."""
+    file = path / "modules.json"
+    if not file.is_file():
+        return []
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        declared = [(e["type"].rsplit(".", 1)[-1], e.get("path", ""), e["type"]) for e in entries]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is not a list of modules with a type and a path: {error!r}") from error
+    if not declared or declared[0][0] != "Transformer":
+        first = declared[0][2] if declared else "nothing"
+        raise CheckpointError(f"{file} begins with {first}; only chains that begin with a Transformer can be served")
+    return declared
+
+
+def _modules(path: Path, config: Mapping[str, Any], declared: list[tuple[str, str, str]]) -> tuple[Module, ...]:
+    if declared:
+        return tuple(
+            Module(kind, path / folder, _read_json(path / folder / "config.json"))
+            for kind, folder, _ in declared[1:]
+            if kind != "Dropout"  # does nothing outside training
+        )
+    pooling = path / "1_Pooling"
+    if (pooling / "config.json").is_file():
+        return (Module("Pooling", pooling, _read_json(pooling / "config.json")),)
+    # *Source:* sentence-transformers 6.2 gives a bare transformer mean pooling, a causal language model its last
+    # token, and neither a Normalize.
+    architecture = str((config.get("architectures") or [""])[0])
+    is_causal = architecture.endswith("ForCausalLM") and config.get("is_causal") is not False
+    mode = "lasttoken" if is_causal else "mean"
+    return (Module("Pooling", pooling, {"embedding_dimension": config.get("hidden_size"), "pooling_mode": mode}),)
+
+
+def _max_length(
+    path: Path, config: Mapping[str, Any], transformer: Mapping[str, Any], wanted: int | None
+) -> int:
+    positions = int(config.get("max_position_embeddings") or 0)
+    positions = positions if positions > 0 else _NO_LIMIT
+    declared = transformer.get("max_seq_length")
+    if declared is None:
+        declared = _read_json(path / "tokenizer_config.json").get("model_max_length")
+    own = min(int(declared) if declared is not None else _NO_LIMIT, positions)
+    if wanted is not None and wanted > positions:
+        raise CheckpointError(
+            f"max_length is {wanted}, but {path} has {positions} positions; give at most {positions}"
+        )
+    if wanted is None and own >= _NO_LIMIT:
+        raise CheckpointError(f"{path} does not tell how long a text may be; give --max-length")
+    return own if wanted is None else wanted

@@ -1,0 +1,159 @@
+"""Everything that the gateway, the stages and a direct tritonclient user may say to each other.
+
+Shape letters: n items of one request, t packed tokens, h hidden size, d output size. One client request is one
+batch element of the encoder and the heads, so nothing on the wire is ever padded:
+
+    text [n, k] -> tokenizer -> input_ids [1, t], length [1, n] -> encoder -> hidden [1, t, h] -> head -> dense [n, d]
+
+`n_tokens` and `truncated` ([n, 1]) repeat what the tokenizer knows under names that no later step reads: the server
+(2.51) refuses a request for some outputs of an ensemble when one of them also feeds a step.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+TEXT = "text"
+INPUT_IDS = "input_ids"
+LENGTH = "length"
+PROMPT_LENGTH = "prompt_length"
+N_TOKENS = "n_tokens"
+TRUNCATED = "truncated"
+HIDDEN = "hidden"
+DENSE = "dense"
+
+TOKEN_DTYPE = np.dtype("<i4")
+"""How a list of token ids travels inside one element of `text` (see RequestParameter.TEXT_FORMAT)."""
+
+
+class Task(StrEnum):
+    """What a client wants of a model."""
+
+    EMBED = "embed"
+
+
+TASK_OUTPUTS: dict[Task, tuple[str, ...]] = {Task.EMBED: (DENSE,)}
+"""The outputs of the pipeline that answer a task; the server computes no head that nobody asked for."""
+
+ACCOUNT_OUTPUTS = (N_TOKENS, TRUNCATED)
+"""What every pipeline tells about its input, besides the answer."""
+
+
+class RequestParameter(StrEnum):
+    """Request parameters that the stages read; all are optional."""
+
+    PROMPT_NAME = "prompt_name"
+    """str: one of the checkpoint's own prompts, put before every text."""
+    PROMPT = "prompt"
+    """str: a literal prompt; wins over a prompt name."""
+    TRUNCATION = "truncation"
+    """"error", "right" (drop the end) or "left" (drop the beginning) for a text over the limit."""
+    TEXT_FORMAT = "text_format"
+    """"text" (UTF-8, the default) or "ids" (little-endian int32 token ids in each element of `text`)."""
+    DIMENSIONS = "dimensions"
+    """int: keep this many leading components of `dense`, then normalise if the checkpoint does."""
+    NORMALIZE = "normalize"
+    """bool: normalise `dense` to unit length or not, whatever the checkpoint says."""
+
+
+class PipelineParameter(StrEnum):
+    """String parameters of a pipeline's ensemble entry: what the gateway tells its clients about a model."""
+
+    TASKS = "tasks"
+    FAMILY = "family"
+    CHECKPOINT = "checkpoint"
+    SERVED_MODEL_NAME = "served_model_name"
+    DIMENSIONS = "dimensions"
+    MAX_LENGTH = "max_length"
+
+
+TRUNCATIONS = ("error", "right", "left")
+
+
+class ErrorCode(StrEnum):
+    """Why a request was refused. Everything but INTERNAL is the client's to mend."""
+
+    INVALID_INPUT = "invalid_input"
+    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    INVALID_TOKEN_ID = "invalid_token_id"
+    UNKNOWN_PROMPT = "unknown_prompt"
+    INVALID_DIMENSIONS = "invalid_dimensions"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True)
+class StageFailure:
+    """A refusal as it crosses the server, which carries nothing but a status and one string."""
+
+    code: ErrorCode
+    message: str
+    item: int | None = None
+    """Position in `text` of the item that is at fault."""
+
+    def __str__(self) -> str:
+        where = "" if self.item is None else f" at item {self.item}"
+        return f"{self.code}{where}: {self.message}"
+
+    @classmethod
+    def parse(cls, text: str) -> StageFailure | None:
+        """The failure inside a server's error text, or None when the text is not one of ours."""
+        found = _FAILURE.search(text)
+        if found is None:
+            return None
+        item = found["item"]
+        return cls(ErrorCode(found["code"]), found["message"], None if item is None else int(item))
+
+
+# The server puts "in ensemble 'x', " and the like before the text of a stage.
+_FAILURE = re.compile(
+    rf"(?:^|, |\] )(?P<code>{'|'.join(ErrorCode)})(?: at item (?P<item>\d+))?: (?P<message>.*)", re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of an entry, without the batch dimension. -1 stands for a length that varies."""
+
+    name: str
+    dtype: str
+    """A data type of the server's configuration, without its TYPE_ prefix: STRING, INT32, FP32, BF16, BOOL."""
+    dims: tuple[int, ...]
+    is_ragged: bool = False
+    """Inputs only: requests of different lengths may share a batch."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One Python-backend entry of the model repository."""
+
+    stage: str
+    """The stage's short name, which ends the entry's name: tokenizer, encoder, dense."""
+    stage_class: str
+    """Dotted path of the class in backends.stages that the entry's model.py names."""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parameters: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    """cpu, cuda, cuda:N, or auto: a GPU where the server sees one, else the CPU."""
+    instances: int = 1
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """All entries of one checkpoint: its stages in order, and the ensemble that chains them by tensor names."""
+
+    name: str
+    max_batch_size: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    stages: tuple[StageSpec, ...]
+    parameters: dict[str, str] = field(default_factory=dict)
+
+
+def entry_name(pipeline: str, stage: str) -> str:
+    """Name of a stage's entry in the model repository."""
+    return f"{pipeline}.{stage}"

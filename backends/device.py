@@ -1,0 +1,37 @@
+"""Where a model runs, and in which number format."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from backends.options import WIRE_DTYPES
+
+logger = logging.getLogger(__name__)
+
+TORCH_DTYPES = {"FP32": torch.float32, "BF16": torch.bfloat16, "FP16": torch.float16}
+"""By the server's name of the data type."""
+
+
+def place(device: str) -> torch.device:
+    """cpu or cuda:N as the server says -> where this torch can run it."""
+    if device != "cpu" and not torch.cuda.is_available():
+        logger.warning("the server offers %s, but torch %s has no CUDA: running on the CPU", device, torch.__version__)
+        return torch.device("cpu")
+    return torch.device(device)
+
+
+def compute_dtype(option: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it (AVX512-BF16, AMX, a GPU), else float32."""
+    if option != "auto":
+        return TORCH_DTYPES[WIRE_DTYPES[option]]
+    return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Private names of torch, which has no public ones for these; a build without them computes in float32.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

@@ -1,0 +1,79 @@
+"""What a family declares about its architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from backends.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from backends.checkpoint import Checkpoint
+
+
+def _no_offset(config: Mapping[str, Any]) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family is transformers' own model class and the few facts that packing needs to know about it."""
+
+    name: str
+    model_types: tuple[str, ...]
+    """The values of config.json's model_type that belong to it."""
+    has_token_types: bool = False
+    """Whether forward takes token_type_ids."""
+    position_offset: Callable[[Mapping[str, Any]], int] = _no_offset
+    """config.json -> the position of a sequence's first token."""
+    load_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of from_pretrained besides the usual ones."""
+
+    def max_length(self, checkpoint: Checkpoint) -> int:
+        """Tokens of one text that the checkpoint's limit and its positions allow."""
+        positions = int(checkpoint.config.get("max_position_embeddings") or 0)
+        free = positions - self.position_offset(checkpoint.config)
+        return min(checkpoint.max_length, free) if positions > 0 else checkpoint.max_length
+
+    def load(
+        self, checkpoint: Checkpoint, attention: str | None, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool
+    ) -> torch.nn.Module:
+        """The encoder without any head, in evaluation mode, with the attention function of that name.
+
+        None as attention leaves the choice to transformers. Raises CheckpointError when weights are missing: they
+        would be filled with random numbers.
+        """
+        # Imported here: it takes seconds, and what writes the repository's entries needs the facts above only.
+        import transformers
+
+        # The heads of other tasks are left out on purpose, which transformers would report each time.
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            model, info = transformers.AutoModel.from_pretrained(
+                checkpoint.transformer_path,
+                attn_implementation=attention,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **self.load_arguments,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{checkpoint.transformer_path} cannot be loaded: {_first_line(error)}") from error
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise CheckpointError(
+                f"{checkpoint.transformer_path} lacks {len(missing)} weights of a {type(model).__name__}, "
+                f"among them {missing[0]}; the download was cut short, or the checkpoint is of another model"
+            )
+        return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,10 @@
+"""BERT: learned positions from 0, token types, bidirectional attention (MiniLM, BGE v1.5, E5 v2, GTE, Arctic ...)."""
+
+from backends.families.base import Family
+
+FAMILY = Family(
+    name="bert",
+    model_types=("bert",),
+    has_token_types=True,
+    load_arguments={"add_pooling_layer": False},
+)

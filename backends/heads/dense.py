@@ -1,0 +1,137 @@
+"""Dense embeddings: the sentence-transformers chain behind the transformer, as modules.json tells it.
+
+Pooling over each sequence, then Dense, LayerNorm and Normalize in any order. Everything is computed in float32.
+
+*Source:* sentence-transformers 6.2, sentence_transformer/modules and base/modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from backends.checkpoint import Checkpoint, Module
+from backends.contract import DENSE, PROMPT_LENGTH, ErrorCode, RequestParameter, Task, TensorSpec
+from backends.errors import CheckpointError, RequestError
+from backends.heads.base import HeadSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from backends.ragged import Ragged
+    from backends.sentence_modules import Pooling
+
+POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+# The booleans of older checkpoints; several of them are concatenated in this order.
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_LINKS = ("Dense", "LayerNorm", "Normalize")
+_SENTENCE = "sentence_embedding"
+
+
+def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modes of a Pooling module's config.json, to be concatenated in this order."""
+    declared = config.get("pooling_mode")
+    if declared is None:
+        return tuple(mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)) or ("mean",)
+    modes = (declared,) if isinstance(declared, str) else tuple(declared)
+    for mode in modes:
+        if mode not in POOLING_MODES:
+            raise CheckpointError(f"pooling mode {mode!r} is not served; the modes are {', '.join(POOLING_MODES)}")
+    return modes
+
+
+def pools_without_prompt(checkpoint: Checkpoint) -> bool:
+    """Whether the tokens of the prompt are left out of the pooling."""
+    return any(m.kind == "Pooling" and m.config.get("include_prompt") is False for m in checkpoint.modules)
+
+
+def dimensions(checkpoint: Checkpoint) -> int:
+    """Components of the full embedding. Raises CheckpointError for a chain that cannot be served."""
+    where = f"{checkpoint.path}/modules.json"
+    first, *rest = checkpoint.modules or (None,)
+    if first is None or first.kind != "Pooling":
+        raise CheckpointError(
+            f"{where} has {first.kind if first else 'nothing'} behind the Transformer; only a Pooling there makes "
+            "one vector of each text"
+        )
+    size = checkpoint.hidden_size * len(pooling_modes(first.config))
+    for module in rest:
+        if module.kind not in _LINKS:
+            raise CheckpointError(
+                f"{where} holds the module {module.kind}, which is not served; "
+                f"behind the Pooling there may be {', '.join(_LINKS)}"
+            )
+        if module.kind == "Dense":
+            size = _dense_size(module, size)
+    return size
+
+
+def _dense_size(module: Module, size: int) -> int:
+    config = module.config
+    for name in ("module_input_name", "module_output_name"):
+        if (config.get(name) or _SENTENCE) != _SENTENCE:
+            raise CheckpointError(f"{module.path}/config.json: {name} is {config[name]!r}; only {_SENTENCE} is served")
+    if config.get("in_features") != size or not config.get("out_features"):
+        raise CheckpointError(
+            f"{module.path}/config.json says in_features {config.get('in_features')} and out_features "
+            f"{config.get('out_features')}; {size} features come in"
+        )
+    return int(config["out_features"])
+
+
+class DenseHead:
+    """Applies the chain, then what the request asks of the result."""
+
+    def __init__(self, pooling: Pooling, links: Sequence[torch.nn.Module], size: int, normalizes: bool) -> None:
+        self.pooling = pooling
+        self.links = links
+        self.size = size
+        self.normalizes = normalizes
+
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        normalize = parameters.get(RequestParameter.NORMALIZE)
+        if normalize is not None and not isinstance(normalize, bool):
+            raise RequestError(ErrorCode.INVALID_INPUT, f"normalize is {normalize!r}; it takes true or false")
+        wanted = parameters.get(RequestParameter.DIMENSIONS)
+        if wanted is not None and not (isinstance(wanted, int) and 1 <= wanted <= self.size):
+            raise RequestError(
+                ErrorCode.INVALID_DIMENSIONS, f"dimensions is {wanted}; this model takes 1 to {self.size}"
+            )
+
+    def __call__(
+        self, hidden: Ragged, inputs: Mapping[str, torch.Tensor], parameters: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        vectors = self.pooling(hidden, inputs.get(PROMPT_LENGTH))
+        for link in self.links:
+            vectors = link(vectors)
+        # Cutting first and normalising last gives a cut vector its unit length back.
+        vectors = vectors[:, : parameters.get(RequestParameter.DIMENSIONS)]
+        if parameters.get(RequestParameter.NORMALIZE, self.normalizes):
+            vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return {DENSE: vectors.contiguous()}
+
+
+def _load(checkpoint: Checkpoint, device: torch.device) -> DenseHead:
+    from backends.sentence_modules import Pooling, load_link
+
+    first, *rest = checkpoint.modules
+    normalizes = bool(rest) and rest[-1].kind == "Normalize"
+    links = [load_link(module, device) for module in (rest[:-1] if normalizes else rest)]
+    pooling = Pooling(pooling_modes(first.config))
+    return DenseHead(pooling, links, dimensions(checkpoint), normalizes)
+
+
+HEAD = HeadSpec(
+    task=Task.EMBED,
+    outputs=lambda checkpoint: (TensorSpec(DENSE, "FP32", (dimensions(checkpoint),)),),
+    inputs=lambda checkpoint: (PROMPT_LENGTH,) if pools_without_prompt(checkpoint) else (),
+    parameters=(RequestParameter.DIMENSIONS, RequestParameter.NORMALIZE),
+    load=_load,
+)

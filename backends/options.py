@@ -1,0 +1,87 @@
+"""How a person wants a checkpoint served, and the same as string parameters of a config.pbtxt."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backends.contract import TRUNCATIONS
+from backends.errors import OptionError
+
+WIRE_DTYPES = {"auto": "FP32", "float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
+"""The data type in which hidden states travel to the heads, by the option dtype. What `auto` computes in depends on the
+machine, but an entry must mean the same on every machine, so it travels in the widest one."""
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """Options of one checkpoint. Raises OptionError for a value that cannot be used."""
+
+    dtype: str = "auto"
+    """Of weights and activations. auto: bfloat16 where the processor or GPU has it in hardware, else float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: a GPU where there is one."""
+    max_batch_tokens: int = 16384
+    """Tokens in one forward pass; a single longer text still runs, alone."""
+    max_batch_size: int = 64
+    """Texts in one server request, and requests in one batch of a stage."""
+    max_length: int | None = None
+    """Tokens of one text, special tokens included; None is the checkpoint's own limit."""
+    truncation: str = "error"
+    """What happens to a text over max_length when the request does not say: error, right or left."""
+    threads: int | None = None
+    """CPU threads of the encoder; None is one for each core that the process may use."""
+    instances: int = 1
+    """Processes of the encoder."""
+    served_model_name: str | None = None
+    """The model's name in the HTTP API; None is the pipeline's own name."""
+    task: str | None = None
+    """What the checkpoint is for, where it does not say itself."""
+    model_type: str | None = None
+    """Overrides config.json's model_type."""
+    trust_remote_code: bool = False
+    """Whether code that a checkpoint brings may run."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in WIRE_DTYPES:
+            raise OptionError(f"dtype is {self.dtype!r}; it takes one of {', '.join(WIRE_DTYPES)}")
+        if not _DEVICE.fullmatch(self.device):
+            raise OptionError(f"device is {self.device!r}; it takes auto, cpu, cuda or cuda:N")
+        if self.truncation not in TRUNCATIONS:
+            raise OptionError(f"truncation is {self.truncation!r}; it takes one of {', '.join(TRUNCATIONS)}")
+        for name in ("max_batch_tokens", "max_batch_size", "max_length", "threads", "instances"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} is {value}; it takes a number of at least 1")
+
+    def to_parameters(self) -> dict[str, str]:
+        """Every option that differs from its default, as strings."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            f.name: str(values[f.name]).lower() if isinstance(values[f.name], bool) else str(values[f.name])
+            for f in dataclasses.fields(self)
+            if values[f.name] != f.default
+        }
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> ServingOptions:
+        """The options among the string parameters of an entry; other parameters are not looked at."""
+        given = {f.name: (f.type, parameters[f.name]) for f in dataclasses.fields(cls) if f.name in parameters}
+        return cls(**{name: _parse(name, str(kind), text) for name, (kind, text) in given.items()})
+
+
+def _parse(name: str, kind: str, text: str) -> str | int | bool:
+    if kind.startswith("int"):
+        try:
+            return int(text)
+        except ValueError:
+            raise OptionError(f"{name} is {text!r}; it takes a whole number") from None
+    if kind == "bool":
+        if text not in ("true", "false"):
+            raise OptionError(f"{name} is {text!r}; it takes true or false")
+        return text == "true"
+    return text

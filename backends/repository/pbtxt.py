@@ -1,0 +1,70 @@
+"""Specs -> the server's configuration protobuf -> the text of a config.pbtxt, and back to the protobuf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from backends.contract import PipelineSpec, StageSpec, TensorSpec, entry_name
+
+_HEADER = "# Written by triton-embeddings; `triton-embeddings add` writes it anew.\n"
+
+
+def stage_config(pipeline: PipelineSpec, stage: StageSpec) -> str:
+    """config.pbtxt of one stage."""
+    config = _config(entry_name(pipeline.name, stage.stage), pipeline.max_batch_size, stage.inputs, stage.outputs)
+    config.backend = "python"
+    # An empty dynamic_batching has no delay: a batch forms while the stage works on the one before, and a delay would
+    # be paid at every stage (measured: 500 us cost a lone request 2.3 ms).
+    config.dynamic_batching.SetInParent()
+    group = config.instance_group.add(count=stage.instances)
+    kinds = model_config_pb2.ModelInstanceGroup
+    name, _, number = stage.device.partition(":")
+    group.kind = {"cpu": kinds.KIND_CPU, "cuda": kinds.KIND_GPU, "auto": kinds.KIND_AUTO}[name]
+    if number:
+        group.gpus.append(int(number))
+    _set_parameters(config, stage.parameters)
+    return _text(config)
+
+
+def ensemble_config(pipeline: PipelineSpec) -> str:
+    """config.pbtxt of the ensemble that chains the stages: equal names are joined, unread outputs left out."""
+    config = _config(pipeline.name, pipeline.max_batch_size, pipeline.inputs, pipeline.outputs)
+    config.platform = "ensemble"
+    used = {spec.name for stage in pipeline.stages for spec in stage.inputs} | {o.name for o in pipeline.outputs}
+    for stage in pipeline.stages:
+        step = config.ensemble_scheduling.step.add(model_name=entry_name(pipeline.name, stage.stage), model_version=-1)
+        for spec in stage.inputs:
+            step.input_map[spec.name] = spec.name
+        for spec in stage.outputs:
+            if spec.name in used:
+                step.output_map[spec.name] = spec.name
+    _set_parameters(config, pipeline.parameters)
+    return _text(config)
+
+
+def parse(text: str) -> Any:
+    """The ModelConfig message of a config.pbtxt. Raises google.protobuf.text_format.ParseError."""
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+def _config(name: str, max_batch_size: int, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Any:
+    config = model_config_pb2.ModelConfig(name=name, max_batch_size=max_batch_size)
+    for spec in inputs:
+        config.input.add(
+            name=spec.name, data_type=f"TYPE_{spec.dtype}", dims=spec.dims, allow_ragged_batch=spec.is_ragged
+        )
+    for spec in outputs:
+        config.output.add(name=spec.name, data_type=f"TYPE_{spec.dtype}", dims=spec.dims)
+    return config
+
+
+def _set_parameters(config: Any, parameters: dict[str, str]) -> None:
+    for name, value in sorted(parameters.items()):
+        config.parameters[name].string_value = value
+
+
+def _text(config: Any) -> str:
+    return _HEADER + text_format.MessageToString(config, use_index_order=True)

@@ -1,0 +1,99 @@
+"""Puts a pipeline's entries into a model repository, takes them out, and lists what is there."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf import text_format
+
+from backends.contract import PipelineParameter, PipelineSpec, entry_name
+from backends.errors import CheckpointError
+from backends.repository.pbtxt import ensemble_config, parse, stage_config
+
+_MODEL = '''"""{summary}"""
+
+from {module} import {name} as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A pipeline as its ensemble's config.pbtxt describes it."""
+
+    name: str
+    parameters: Mapping[str, str]
+
+    @property
+    def checkpoint(self) -> str:
+        """The checkpoint's reference (see backends.source)."""
+        return self.parameters[PipelineParameter.CHECKPOINT]
+
+
+def render(pipeline: PipelineSpec) -> dict[str, str]:
+    """Path inside the repository -> text, of every file of a pipeline."""
+    files = {
+        f"{pipeline.name}/config.pbtxt": ensemble_config(pipeline),
+        # The server wants a version folder, and git keeps no empty ones.
+        f"{pipeline.name}/1/.gitkeep": "",
+    }
+    for stage in pipeline.stages:
+        entry = entry_name(pipeline.name, stage.stage)
+        module, _, name = stage.stage_class.rpartition(".")
+        files[f"{entry}/config.pbtxt"] = stage_config(pipeline, stage)
+        files[f"{entry}/1/model.py"] = _MODEL.format(summary=f"The {stage.stage} stage.", module=module, name=name)
+    return files
+
+
+def write(repository: Path, pipeline: PipelineSpec) -> None:
+    """Writes all entries of a pipeline, in place of those that it had before.
+
+    They are made in a folder beside their place and moved there whole, the ensemble last: a server that looks in
+    between finds a pipeline complete or not at all.
+    """
+    repository.mkdir(parents=True, exist_ok=True)
+    # Beside the repository, where a server that scans it does not see a half-written entry.
+    with tempfile.TemporaryDirectory(prefix=f".{pipeline.name}-", dir=repository.parent) as folder:
+        for path, text in render(pipeline).items():
+            file = Path(folder) / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        if (repository / pipeline.name).exists():
+            remove(repository, pipeline.name)
+        for stage in pipeline.stages:
+            entry = entry_name(pipeline.name, stage.stage)
+            if (repository / entry).exists():
+                raise CheckpointError(f"{repository / entry} is in the way and belongs to no model; delete it first")
+            shutil.move(Path(folder) / entry, repository / entry)
+        shutil.move(Path(folder) / pipeline.name, repository / pipeline.name)
+
+
+def remove(repository: Path, name: str) -> None:
+    """Deletes the entries of a pipeline, the ensemble first. Raises CheckpointError when there is no such pipeline."""
+    known = {entry.name: entry for entry in list_pipelines(repository)}
+    if name not in known:
+        names = ", ".join(known) or "nothing"
+        raise CheckpointError(f"{repository} has no model {name!r}; it holds {names}")
+    steps = parse((repository / name / "config.pbtxt").read_text(encoding="utf-8")).ensemble_scheduling.step
+    for folder in (name, *(step.model_name for step in steps)):
+        if (repository / folder).is_dir():
+            shutil.rmtree(repository / folder)
+
+
+def list_pipelines(repository: Path) -> list[Entry]:
+    """The pipelines of a repository that this project wrote, by name. Raises CheckpointError for a broken config.pbtxt."""
+    found = []
+    for file in sorted(repository.glob("*/config.pbtxt")):
+        try:
+            config = parse(file.read_text(encoding="utf-8"))
+        except (text_format.ParseError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}; write it anew with triton-embeddings add") from error
+        if config.platform == "ensemble" and PipelineParameter.CHECKPOINT in config.parameters:
+            parameters = {name: value.string_value for name, value in config.parameters.items()}
+            found.append(Entry(file.parent.name, parameters))
+    return found

@@ -1,0 +1,159 @@
+"""What all stages share: the server's objects in, plain tensors through, the server's objects out.
+
+The only importer of triton_python_backend_utils, and the only place where our errors become the server's. An
+exception that leaves execute() would fail every request of the batch and send its traceback to the clients, so each
+request gets its own error, and a batch that fails as a whole is run again request by request.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from backends.checkpoint import Checkpoint
+from backends.contract import ErrorCode, StageFailure
+from backends.errors import BackendError, RequestError
+from backends.options import ServingOptions
+from backends.source import resolve
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+Output = "npt.NDArray[Any] | torch.Tensor"
+CHECKPOINT = "checkpoint"
+"""The entry's parameter that holds the checkpoint's reference."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What the server tells a stage about its entry."""
+
+    name: str
+    checkpoint: Checkpoint
+    options: ServingOptions
+    parameters: Mapping[str, str]
+    device: str
+    """cpu, or cuda:N as the server placed this instance."""
+
+
+class StageRequest:
+    """One client request inside a batch."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """The request's parameters, by name."""
+        parameters: dict[str, Any] = json.loads(self._request.parameters() or "{}")
+        return parameters
+
+    @cached_property
+    def wanted(self) -> frozenset[str]:
+        """The outputs that a later step or the client reads."""
+        return frozenset(self._request.requested_output_names())
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """An input as numpy, with its batch dimension; STRING elements are bytes."""
+        array: npt.NDArray[Any] = self._input(name).as_numpy()
+        return array
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """An input as torch, with its batch dimension: a view of shared memory, not a copy."""
+        import torch
+
+        return torch.utils.dlpack.from_dlpack(self._input(name).to_dlpack())
+
+    def _input(self, name: str) -> Any:
+        tensor = pb_utils.get_input_tensor_by_name(self._request, name)
+        if tensor is None:
+            raise RequestError(ErrorCode.INVALID_INPUT, f"the input {name} is missing")
+        return tensor
+
+
+Answer = dict[str, Any]
+"""Outputs of one request by name: numpy arrays or torch tensors, with their batch dimension."""
+
+
+class Stage(ABC):
+    """A Python-backend model. Subclasses say what happens to a batch, in terms of plain tensors."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Called once by the server when it loads the entry."""
+        logging.basicConfig(
+            stream=sys.stderr, level=logging.INFO, format=f"{args['model_name']}: %(levelname)s %(message)s"
+        )
+        parameters = {
+            name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
+        }
+        try:
+            options = ServingOptions.from_parameters(parameters)
+            checkpoint = Checkpoint.read(resolve(parameters[CHECKPOINT]), options.max_length)
+            is_gpu = args["model_instance_kind"] == "GPU"
+            device = f"cuda:{args['model_instance_device_id']}" if is_gpu else "cpu"
+            self.setup(StageContext(args["model_name"], checkpoint, options, parameters, device))
+        except BackendError as error:
+            # The server prints the text of this exception as the reason why the entry is not ready.
+            raise pb_utils.TritonModelException(str(error)) from error
+
+    @abstractmethod
+    def setup(self, context: StageContext) -> None:
+        """Loads what the stage needs. Raises BackendError."""
+
+    @abstractmethod
+    def run(self, batch: Sequence[StageRequest]) -> Sequence[Answer | RequestError]:
+        """One answer or error for each request, in order."""
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Called by the server with the requests of one batch."""
+        batch = [StageRequest(request) for request in requests]
+        try:
+            answers = list(self.run(batch))
+        except Exception:
+            logger.exception("a batch of %d requests failed; running them one by one", len(batch))
+            answers = [self._run_alone(request) for request in batch]
+        return [_response(request, answer) for request, answer in zip(batch, answers, strict=True)]
+
+    def _run_alone(self, request: StageRequest) -> Answer | RequestError:
+        try:
+            return self.run([request])[0]
+        except RequestError as error:
+            return error
+        except Exception:
+            logger.exception("a request failed")
+            return RequestError(ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why")
+
+
+def _response(request: StageRequest, answer: Answer | RequestError) -> Any:
+    if isinstance(answer, RequestError):
+        return pb_utils.InferenceResponse(error=_error(answer.failure))
+    return pb_utils.InferenceResponse(
+        [_output(name, value) for name, value in answer.items() if name in request.wanted]
+    )
+
+
+def _error(failure: StageFailure) -> Any:
+    is_ours = failure.code is ErrorCode.INTERNAL
+    code = pb_utils.TritonError.INTERNAL if is_ours else pb_utils.TritonError.INVALID_ARG
+    return pb_utils.TritonError(str(failure), code)
+
+
+def _output(name: str, value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return pb_utils.Tensor(name, value)
+    # Server 2.51: from_dlpack copies a float32 tensor of the CPU once more, numpy has no bfloat16.
+    if value.device.type == "cpu" and value.dtype.is_floating_point and value.dtype.itemsize == 4:
+        return pb_utils.Tensor(name, value.numpy())
+    return pb_utils.Tensor.from_dlpack(name, value.contiguous())

@@ -1,0 +1,60 @@
+"""The encoder stage: input_ids [1, t], length [1, n] -> hidden [1, t, h], all requests of a batch in packed passes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from backends.contract import HIDDEN, INPUT_IDS, LENGTH
+from backends.device import TORCH_DTYPES, compute_dtype, place
+from backends.families import family_of
+from backends.forward import choose_forward, encode
+from backends.options import WIRE_DTYPES
+from backends.ragged import Ragged
+from backends.stages.base import Answer, Stage, StageContext, StageRequest
+
+logger = logging.getLogger(__name__)
+
+
+class EncoderStage(Stage):
+    """Runs the family's model on the tokens of all requests at once."""
+
+    def setup(self, context: StageContext) -> None:
+        options = context.options
+        # Set before the first operation: the thread pool keeps the size that it was born with.
+        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        self.device = place(context.device)
+        dtype = compute_dtype(options.dtype, self.device)
+        family = family_of(context.checkpoint, options.model_type)
+
+        def load(attention: str | None) -> torch.nn.Module:
+            return family.load(
+                context.checkpoint, attention, dtype, self.device, trust_remote_code=options.trust_remote_code
+            )
+
+        self.max_batch_tokens = options.max_batch_tokens
+        self.wire_dtype = TORCH_DTYPES[WIRE_DTYPES[options.dtype]]
+        self.forward = choose_forward(load, family, dict(context.checkpoint.config), context.name)
+        logger.info(
+            "%s on %s in %s, %s, %d threads",
+            family.name,
+            self.device,
+            str(dtype).removeprefix("torch."),
+            "packed" if self.forward.is_packed else "padded",
+            torch.get_num_threads(),
+        )
+
+    def run(self, batch: Sequence[StageRequest]) -> list[Answer]:
+        ids = np.concatenate([request.array(INPUT_IDS)[0] for request in batch])
+        lengths = [request.array(LENGTH)[0] for request in batch]
+        values = torch.from_numpy(ids.astype(np.int64)).to(self.device)
+        tokens = Ragged(values, np.concatenate(lengths).astype(np.int64))
+        with torch.inference_mode():
+            hidden = encode(self.forward, tokens, self.max_batch_tokens, self.wire_dtype)
+        sizes = [int(one.sum()) for one in lengths]
+        return [{HIDDEN: part[None]} for part in torch.split(hidden, sizes)]
+

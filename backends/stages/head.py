@@ -1,0 +1,65 @@
+"""The head stage: hidden [1, t, h], length [1, n] -> the outputs of one head, a row for each text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from backends.contract import HIDDEN, LENGTH
+from backends.device import place
+from backends.errors import RequestError
+from backends.heads import HEADS
+from backends.ragged import Ragged
+from backends.stages.base import Answer, Stage, StageContext, StageRequest
+
+HEAD = "head"
+"""The entry's parameter that names the head."""
+
+
+class HeadStage(Stage):
+    """Applies one head; requests with the same parameters share a pass."""
+
+    def setup(self, context: StageContext) -> None:
+        # Heads are small: one thread each leaves the cores to the encoder.
+        torch.set_num_threads(1)
+        self.device = place(context.device)
+        spec = HEADS[context.parameters[HEAD]]
+        self.extra_inputs = spec.inputs(context.checkpoint)
+        self.parameter_names = spec.parameters
+        self.head = spec.load(context.checkpoint, self.device)
+
+    def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
+        answers: list[Answer | RequestError | None] = [None] * len(batch)
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(batch):
+            parameters = self._parameters(request)
+            try:
+                self.head.check(parameters)
+                groups.setdefault(json.dumps(parameters), []).append(i)
+            except RequestError as error:
+                answers[i] = error
+        for members in groups.values():
+            for i, answer in zip(members, self._apply([batch[i] for i in members]), strict=True):
+                answers[i] = answer
+        return [answer for answer in answers if answer is not None]
+
+    def _parameters(self, request: StageRequest) -> dict[str, Any]:
+        return {name: request.parameters[name] for name in self.parameter_names if name in request.parameters}
+
+    def _apply(self, batch: Sequence[StageRequest]) -> list[Answer]:
+        lengths = [request.array(LENGTH)[0].astype(np.int64) for request in batch]
+        parts = [request.tensor(HIDDEN)[0].to(self.device) for request in batch]
+        hidden = Ragged(torch.cat(parts) if len(parts) > 1 else parts[0], np.concatenate(lengths))
+        extra = {
+            name: torch.from_numpy(np.concatenate([request.array(name)[0] for request in batch]))
+            for name in self.extra_inputs
+        }
+        with torch.inference_mode():
+            outputs = self.head(hidden, extra, self._parameters(batch[0]))
+        counts = [len(one) for one in lengths]
+        split = {name: torch.split(value, counts) for name, value in outputs.items()}
+        return [{name: rows[i] for name, rows in split.items()} for i in range(len(batch))]

@@ -1,0 +1,110 @@
+"""Attention over a packed batch: every token attends within its own sequence only.
+
+softmax(q k^T * scaling + mask) v for each sequence, with grouped key/value heads (GQA), an optional causal mask, an
+optional window and an optional soft cap of the scores. The function has the signature of transformers'
+AttentionInterface, so that one function serves every model class that has the interface.
+
+Sequences of equal length that lie side by side run as one batch: with the longest first, as
+backends.ragged.cut_by_budget orders them, this is the fast path of a CPU, with no padding at all.
+
+*Source:* transformers 5.23 masking_utils.py and modeling_utils.py for the contract; a sliding window is an exclusive
+bound there in every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# transformers gives special treatment to names that hold "flash", "sdpa", "flex_attention", "paged|" or "/".
+NAME = "packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    *,
+    sequence_lengths: Sequence[int] | None = None,
+    on_attention: Callable[[], None] | None = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [1, Hq, t, D], key and value [1, Hkv, t, D], sequence_lengths on the host -> [1, t, Hq, D], None.
+
+    `on_attention` is called once for every call: a model that never calls it does not use this function.
+    Raises RuntimeError for a call that does not come from a packed batch.
+    """
+    if attention_mask is not None or sequence_lengths is None or query.shape[0] != 1:
+        raise RuntimeError(f"{type(module).__name__} reached packed attention without a packed batch")
+    for name in ("s_aux", "position_bias"):
+        if unused.get(name) is not None:
+            raise NotImplementedError(f"packed attention has no {name}, which {type(module).__name__} needs")
+    if on_attention is not None:
+        on_attention()
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+    for start, count, length in equal_length_runs(sequence_lengths):
+        stop = start + count * length
+        # [H, count * length, D] -> [count, H, length, D], all views
+        q, k, v = (x[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+        mask = _window_mask(length, causal, sliding_window, query.device)
+        plain_causal = causal and mask is None
+        if softcap is None:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=plain_causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            out = _softcap_attention(q, k, v, mask, plain_causal, scaling, softcap)
+        output[start:stop] = out.transpose(1, 2).flatten(0, 1)
+    return output[None], None
+
+
+def equal_length_runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first token, number of sequences, length) of every run of neighbours of one length; empty ones left out."""
+    start = 0
+    for length, run in groupby(lengths):
+        count = sum(1 for _ in run)
+        if length:
+            yield start, count, length
+        start += count * length
+
+
+def _window_mask(length: int, causal: bool, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """bool [length, length], True where a token may look; None where no window cuts anything off."""
+    if window is None or window >= length:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    allowed = distance.abs() < window
+    return allowed & (distance >= 0) if causal else allowed
+
+
+def _softcap_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scaling: float,
+    softcap: float,
+) -> torch.Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = torch.tanh((q @ k.transpose(-1, -2)) * scaling / softcap) * softcap
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.float().softmax(-1).to(q.dtype) @ v

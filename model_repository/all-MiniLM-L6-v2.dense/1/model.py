@@ -1,0 +1,5 @@
+"""The dense stage."""
+
+from backends.stages.head import HeadStage as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

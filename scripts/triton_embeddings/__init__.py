@@ -1,0 +1,1 @@
+"""The commands: add, remove and list models, and serve them."""
