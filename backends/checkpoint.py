@@ -1,7 +1,8 @@
 """Reads a checkpoint directory in its published layout and tells what can be served from it.
 
 *Source:* the layout that sentence-transformers 6.2 reads (modules.json, 1_Pooling/config.json,
-sentence_bert_config.json, config_sentence_transformers.json) over transformers' config.json and tokenizer.json.
+sentence_bert_config.json, config_sentence_transformers.json) over transformers' config.json and
+tokenizer.json.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# The tokenizer's way to say that it knows no limit is a huge number (transformers' VERY_LARGE_INTEGER is 1e30).
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# The tokenizer's way to say that it knows no limit is a huge number (transformers' VERY_LARGE_INTEGER is
+# 1e30).
 _NO_LIMIT = 1_000_000_000
 
 
@@ -43,13 +50,19 @@ class Checkpoint:
     config: Mapping[str, Any]
     """config.json."""
     transformer_path: Path
-    """Where config.json, the weights and the tokenizer lie: `path`, or the Transformer module's own folder."""
+    """Where config.json, the weights and the tokenizer lie: `path`, or the Transformer module's own
+    folder.
+    """
     modules: tuple[Module, ...]
     """The chain behind the transformer, from modules.json or by the rules for checkpoints without one."""
     prompts: Mapping[str, str]
     default_prompt_name: str | None
     max_length: int
     """Tokens of one text, special tokens included."""
+    sentence_model_type: str
+    """config_sentence_transformers.json's model_type: SentenceTransformer, CrossEncoder,
+    SparseEncoder, ColBERT ...
+    """
     lowercases: bool
     """Whether sentence-transformers lower-cases texts before the tokenizer's own normaliser does its work."""
 
@@ -82,7 +95,10 @@ class Checkpoint:
                 f"{transformer_path} has no weights; one of {', '.join(_WEIGHTS)} belongs there. "
                 "A download that was cut short, or a git clone without git-lfs, looks like this"
             )
-        if not any((transformer_path / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")):
+        if not any(
+            (transformer_path / name).is_file()
+            for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
+        ):
             raise CheckpointError(f"{transformer_path} has no tokenizer; a tokenizer.json belongs there")
         transformer = next(
             (found for name in _TRANSFORMER_CONFIGS if (found := _read_json(transformer_path / name))), {}
@@ -92,7 +108,8 @@ class Checkpoint:
         default_prompt_name = sentence.get("default_prompt_name")
         if default_prompt_name is not None and default_prompt_name not in (sentence.get("prompts") or {}):
             raise CheckpointError(
-                f"{path / 'config_sentence_transformers.json'}: default_prompt_name is {default_prompt_name!r}, "
+                f"{path / 'config_sentence_transformers.json'}: default_prompt_name is "
+                f"{default_prompt_name!r}, "
                 f"which is not one of its prompts ({', '.join(prompts) or 'it has none'})"
             )
         return cls(
@@ -103,6 +120,7 @@ class Checkpoint:
             prompts=prompts,
             default_prompt_name=default_prompt_name if default_prompt_name in prompts else None,
             max_length=_max_length(transformer_path, config, transformer, max_length),
+            sentence_model_type=str(sentence.get("model_type") or "SentenceTransformer"),
             lowercases=bool(transformer.get("do_lower_case")),
         )
 
@@ -122,7 +140,9 @@ def _read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
 
 
 def _declared_modules(path: Path) -> list[tuple[str, str, str]]:
-    """(kind, folder, dotted type) of every entry of modules.json, the Transformer first; empty without the file."""
+    """(kind, folder, dotted type) of every entry of modules.json, the Transformer first; empty
+    without the file.
+    """
     file = path / "modules.json"
     if not file.is_file():
         return []
@@ -133,11 +153,15 @@ def _declared_modules(path: Path) -> list[tuple[str, str, str]]:
         raise CheckpointError(f"{file} is not a list of modules with a type and a path: {error!r}") from error
     if not declared or declared[0][0] != "Transformer":
         first = declared[0][2] if declared else "nothing"
-        raise CheckpointError(f"{file} begins with {first}; only chains that begin with a Transformer can be served")
+        raise CheckpointError(
+            f"{file} begins with {first}; only chains that begin with a Transformer can be served"
+        )
     return declared
 
 
-def _modules(path: Path, config: Mapping[str, Any], declared: list[tuple[str, str, str]]) -> tuple[Module, ...]:
+def _modules(
+    path: Path, config: Mapping[str, Any], declared: list[tuple[str, str, str]]
+) -> tuple[Module, ...]:
     if declared:
         return tuple(
             Module(kind, path / folder, _read_json(path / folder / "config.json"))
@@ -147,12 +171,14 @@ def _modules(path: Path, config: Mapping[str, Any], declared: list[tuple[str, st
     pooling = path / "1_Pooling"
     if (pooling / "config.json").is_file():
         return (Module("Pooling", pooling, _read_json(pooling / "config.json")),)
-    # *Source:* sentence-transformers 6.2 gives a bare transformer mean pooling, a causal language model its last
-    # token, and neither a Normalize.
+    # *Source:* sentence-transformers 6.2 gives a bare transformer mean pooling, a causal language model its
+    # last token, and neither a Normalize.
     architecture = str((config.get("architectures") or [""])[0])
     is_causal = architecture.endswith("ForCausalLM") and config.get("is_causal") is not False
     mode = "lasttoken" if is_causal else "mean"
-    return (Module("Pooling", pooling, {"embedding_dimension": config.get("hidden_size"), "pooling_mode": mode}),)
+    return (
+        Module("Pooling", pooling, {"embedding_dimension": config.get("hidden_size"), "pooling_mode": mode}),
+    )
 
 
 def _max_length(

@@ -1,12 +1,13 @@
 """Everything that the gateway, the stages and a direct tritonclient user may say to each other.
 
-Shape letters: n items of one request, t packed tokens, h hidden size, d output size. One client request is one
-batch element of the encoder and the heads, so nothing on the wire is ever padded:
+Shape letters: n items of one request, t packed tokens, h hidden size, d output size. One client request is
+one batch element of the encoder and the heads, so nothing on the wire is ever padded:
 
-    text [n, k] -> tokenizer -> input_ids [1, t], length [1, n] -> encoder -> hidden [1, t, h] -> head -> dense [n, d]
+    text [n, k] -> tokenizer -> input_ids [1, t], length [1, n] -> encoder -> hidden [1, t, h] -> head ->
+    dense [n, d]
 
-`n_tokens` and `truncated` ([n, 1]) repeat what the tokenizer knows under names that no later step reads: the server
-(2.51) refuses a request for some outputs of an ensemble when one of them also feeds a step.
+`n_tokens` and `truncated` ([n, 1]) repeat what the tokenizer knows under names that no later step reads: the
+server (2.51) refuses a request for some outputs of an ensemble when one of them also feeds a step.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ class TensorSpec:
 
     name: str
     dtype: str
-    """A data type of the server's configuration, without its TYPE_ prefix: STRING, INT32, FP32, BF16, BOOL."""
+    """A data type of the server's configuration, without its TYPE_ prefix: STRING, INT32, FP32, BF16,
+    BOOL.
+    """
     dims: tuple[int, ...]
     is_ragged: bool = False
     """Inputs only: requests of different lengths may share a batch."""
@@ -144,7 +147,9 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """All entries of one checkpoint: its stages in order, and the ensemble that chains them by tensor names."""
+    """All entries of one checkpoint: its stages in order, and the ensemble that chains them by tensor
+    names.
+    """
 
     name: str
     max_batch_size: int

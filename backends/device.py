@@ -17,7 +17,9 @@ TORCH_DTYPES = {"FP32": torch.float32, "BF16": torch.bfloat16, "FP16": torch.flo
 def place(device: str) -> torch.device:
     """cpu or cuda:N as the server says -> where this torch can run it."""
     if device != "cpu" and not torch.cuda.is_available():
-        logger.warning("the server offers %s, but torch %s has no CUDA: running on the CPU", device, torch.__version__)
+        logger.warning(
+            "the server offers %s, but torch %s has no CUDA: running on the CPU", device, torch.__version__
+        )
         return torch.device("cpu")
     return torch.device(device)
 

@@ -1,9 +1,9 @@
 """Runs a family's model over a ragged batch, packed where that is proved right, else padded.
 
 Whether a model can run packed is found out at load: it must call the packed attention function, and two short
-sequences packed must give what each gives alone. Some model classes (MPNet, DeBERTa) take no attention function and
-would let every sequence look at its neighbours without any error: for those the padded way is checked the same way,
-and a model that fails both is refused.
+sequences packed must give what each gives alone. Some model classes (MPNet, DeBERTa) take no attention
+function and would let every sequence look at its neighbours without any error: for those the padded way is
+checked the same way, and a model that fails both is refused.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Lengths of the sequences of the self-check: different, so that a shifted boundary shows.
 _CHECK_LENGTHS = (5, 11)
-# Largest relative error (norm of the difference over the norm) that rounding explains; a sequence that sees its
-# neighbours is off by 0.1 and more.
+# Largest relative error (norm of the difference over the norm) that rounding explains; a sequence that sees
+# its neighbours is off by 0.1 and more.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
@@ -102,14 +102,16 @@ def choose_forward(load: Loader, family: Family, config: dict[str, Any], name: s
     error = _self_check(padded)
     if not error <= _tolerance(padded.model):
         raise CheckpointError(
-            f"{name} gives other numbers in a batch than alone, packed ({fault}) and padded (relative error {error:.2g}): "
+            f"{name} gives other numbers in a batch than alone, packed ({fault}) and padded "
+            f"(relative error {error:.2g}): "
             "it cannot be served right"
         )
     return padded
 
 
 def encode(forward: Forward, input_ids: Ragged, max_batch_tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """hidden [t, h] of all sequences in the order in which they came, in passes of at most `max_batch_tokens`.
+    """hidden [t, h] of all sequences in the order in which they came, in passes of at most
+    `max_batch_tokens`.
 
     A sequence that is longer than that runs in a pass of its own.
     """
@@ -128,7 +130,9 @@ def encode(forward: Forward, input_ids: Ragged, max_batch_tokens: int, dtype: to
 
 
 def register_attention() -> None:
-    """Makes the packed attention function known to transformers, under the name that models are loaded with."""
+    """Makes the packed attention function known to transformers, under the name that models are
+    loaded with.
+    """
     from transformers import AttentionInterface
 
     # No mask function is registered under this name: that is what makes every attention mask None.

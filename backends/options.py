@@ -6,13 +6,14 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from backends.contract import TRUNCATIONS
 from backends.errors import OptionError
 
 WIRE_DTYPES = {"auto": "FP32", "float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
-"""The data type in which hidden states travel to the heads, by the option dtype. What `auto` computes in depends on the
-machine, but an entry must mean the same on every machine, so it travels in the widest one."""
+"""The data type in which hidden states travel to the heads, by the option dtype. What `auto` computes in
+depends on the machine, but an entry must mean the same on every machine, so it travels in the widest one."""
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -22,7 +23,10 @@ class ServingOptions:
     """Options of one checkpoint. Raises OptionError for a value that cannot be used."""
 
     dtype: str = "auto"
-    """Of weights and activations. auto: bfloat16 where the processor or GPU has it in hardware, else float32."""
+    """Of weights and activations.
+
+    auto: bfloat16 where the processor or GPU has it in hardware, else float32.
+    """
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: a GPU where there is one."""
     max_batch_tokens: int = 16384
@@ -70,8 +74,12 @@ class ServingOptions:
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> ServingOptions:
         """The options among the string parameters of an entry; other parameters are not looked at."""
-        given = {f.name: (f.type, parameters[f.name]) for f in dataclasses.fields(cls) if f.name in parameters}
-        return cls(**{name: _parse(name, str(kind), text) for name, (kind, text) in given.items()})
+        given: dict[str, Any] = {
+            f.name: _parse(f.name, str(f.type), parameters[f.name])
+            for f in dataclasses.fields(cls)
+            if f.name in parameters
+        }
+        return cls(**given)
 
 
 def _parse(name: str, kind: str, text: str) -> str | int | bool:

@@ -15,14 +15,18 @@ Lengths = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Ragged:
-    """values [t, ...] on any device; lengths [n] on the host, so that no forward pass waits for the device."""
+    """values [t, ...] on any device; lengths [n] on the host, so that no forward pass waits for the
+    device.
+    """
 
     values: torch.Tensor
     lengths: Lengths
 
     def __post_init__(self) -> None:
         if int(self.lengths.sum()) != self.values.shape[0]:
-            raise ValueError(f"lengths add up to {int(self.lengths.sum())}, but there are {self.values.shape[0]} values")
+            raise ValueError(
+                f"lengths add up to {int(self.lengths.sum())}, but there are {self.values.shape[0]} values"
+            )
 
     @classmethod
     def pack(cls, sequences: Sequence[torch.Tensor]) -> Ragged:
@@ -68,8 +72,8 @@ def positions(lengths: Lengths) -> Lengths:
 def cut_by_budget(lengths: Lengths, max_tokens: int) -> Iterator[npt.NDArray[np.intp]]:
     """Indices of the sequences of each forward pass, longest first, none over `max_tokens` tokens in all.
 
-    A sequence that is longer than the budget gets a pass of its own. Longest first, because equal lengths then lie
-    side by side, and because memory runs out on the first pass or never.
+    A sequence that is longer than the budget gets a pass of its own. Longest first, because equal lengths
+    then lie side by side, and because memory runs out on the first pass or never.
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0

@@ -1,6 +1,7 @@
 """The modules of a sentence-transformers chain, over a ragged batch and in float32.
 
-*Source:* sentence-transformers 6.2, sentence_transformer/modules/pooling.py, base/modules/dense.py, layer_norm.py.
+*Source:* sentence-transformers 6.2, sentence_transformer/modules/pooling.py, base/modules/dense.py,
+layer_norm.py.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ class Pooling:
     def __call__(self, hidden: Ragged, prompt_length: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [t, h] -> float32 [n, h * modes].
 
-        `prompt_length` [n] leaves that many tokens at the beginning of each sequence out of the pooling; lasttoken
-        looks at the last token all the same, and weightedmean keeps the weights of the original positions.
+        `prompt_length` [n] leaves that many tokens at the beginning of each sequence out of the pooling;
+        lasttoken looks at the last token all the same, and weightedmean keeps the weights of the original
+        positions.
         """
         if prompt_length is None:
             return self._pool(hidden, hidden, 0)
@@ -61,7 +63,10 @@ class Pooling:
 
 
 def _segment_sum(batch: Ragged, values: torch.Tensor) -> torch.Tensor:
-    """values [t, d] -> [n, d]. index_add_ is 10 times faster than torch.segment_reduce on a CPU (torch 2.13)."""
+    """values [t, d] -> [n, d].
+
+    index_add_ is 10 times faster than torch.segment_reduce on a CPU (torch 2.13).
+    """
     total = values.new_zeros(len(batch.lengths), values.shape[1])
     return total.index_add_(0, batch.segments, values)
 
@@ -75,7 +80,9 @@ def _segment_max(batch: Ragged) -> torch.Tensor:
 class Dense(torch.nn.Module):
     """activation(W x + b), with an optional residual connection."""
 
-    def __init__(self, size_in: int, size_out: int, bias: bool, activation: torch.nn.Module, has_residual: bool) -> None:
+    def __init__(
+        self, size_in: int, size_out: int, bias: bool, activation: torch.nn.Module, has_residual: bool
+    ) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(size_in, size_out, bias=bias)
         self.activation = activation
@@ -135,8 +142,14 @@ def load_link(module: Module, device: torch.device) -> torch.nn.Module:
 def _activation(module: Module, dotted_name: str) -> torch.nn.Module:
     name = dotted_name.rsplit(".", 1)[-1]
     found = getattr(torch.nn, name, None)
-    if not dotted_name.startswith("torch.nn.") or not isinstance(found, type) or not issubclass(found, torch.nn.Module):
-        raise CheckpointError(f"{module.path}/config.json: activation_function {dotted_name!r} is no module of torch.nn")
+    if (
+        not dotted_name.startswith("torch.nn.")
+        or not isinstance(found, type)
+        or not issubclass(found, torch.nn.Module)
+    ):
+        raise CheckpointError(
+            f"{module.path}/config.json: activation_function {dotted_name!r} is no module of torch.nn"
+        )
     return found()
 
 

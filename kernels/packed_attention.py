@@ -1,14 +1,14 @@
 """Attention over a packed batch: every token attends within its own sequence only.
 
-softmax(q k^T * scaling + mask) v for each sequence, with grouped key/value heads (GQA), an optional causal mask, an
-optional window and an optional soft cap of the scores. The function has the signature of transformers'
-AttentionInterface, so that one function serves every model class that has the interface.
+softmax(q k^T * scaling + mask) v for each sequence, with grouped key/value heads (GQA), an optional causal
+mask, an optional window and an optional soft cap of the scores. The function has the signature of
+transformers' AttentionInterface, so that one function serves every model class that has the interface.
 
 Sequences of equal length that lie side by side run as one batch: with the longest first, as
 backends.ragged.cut_by_budget orders them, this is the fast path of a CPU, with no padding at all.
 
-*Source:* transformers 5.23 masking_utils.py and modeling_utils.py for the contract; a sliding window is an exclusive
-bound there in every family.
+*Source:* transformers 5.23 masking_utils.py and modeling_utils.py for the contract; a sliding window is an
+exclusive bound there in every family.
 """
 
 from __future__ import annotations
@@ -58,12 +58,21 @@ def packed_attention(
     for start, count, length in equal_length_runs(sequence_lengths):
         stop = start + count * length
         # [H, count * length, D] -> [count, H, length, D], all views
-        q, k, v = (x[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+        q, k, v = (
+            x[0, :, start:stop].view(-1, count, length, x.shape[-1]).transpose(0, 1)
+            for x in (query, key, value)
+        )
         mask = _window_mask(length, causal, sliding_window, query.device)
         plain_causal = causal and mask is None
         if softcap is None:
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=plain_causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=plain_causal,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
         else:
             out = _softcap_attention(q, k, v, mask, plain_causal, scaling, softcap)
@@ -72,7 +81,9 @@ def packed_attention(
 
 
 def equal_length_runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first token, number of sequences, length) of every run of neighbours of one length; empty ones left out."""
+    """(first token, number of sequences, length) of every run of neighbours of one length; empty ones
+    left out.
+    """
     start = 0
     for length, run in groupby(lengths):
         count = sum(1 for _ in run)

@@ -41,14 +41,21 @@ class Family:
         return min(checkpoint.max_length, free) if positions > 0 else checkpoint.max_length
 
     def load(
-        self, checkpoint: Checkpoint, attention: str | None, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool
+        self,
+        checkpoint: Checkpoint,
+        attention: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        trust_remote_code: bool,
     ) -> torch.nn.Module:
         """The encoder without any head, in evaluation mode, with the attention function of that name.
 
-        None as attention leaves the choice to transformers. Raises CheckpointError when weights are missing: they
-        would be filled with random numbers.
+        None as attention leaves the choice to transformers. Raises CheckpointError when weights are missing:
+        they would be filled with random numbers.
         """
-        # Imported here: it takes seconds, and what writes the repository's entries needs the facts above only.
+        # Imported here: it takes seconds, and what writes the repository's entries needs the facts above
+        # only.
         import transformers
 
         # The heads of other tasks are left out on purpose, which transformers would report each time.
@@ -65,7 +72,9 @@ class Family:
                 **self.load_arguments,
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{checkpoint.transformer_path} cannot be loaded: {_first_line(error)}") from error
+            raise CheckpointError(
+                f"{checkpoint.transformer_path} cannot be loaded: {_first_line(error)}"
+            ) from error
         missing = sorted(info["missing_keys"])
         if missing:
             raise CheckpointError(

@@ -1,4 +1,6 @@
-"""BERT: learned positions from 0, token types, bidirectional attention (MiniLM, BGE v1.5, E5 v2, GTE, Arctic ...)."""
+"""BERT: learned positions from 0, token types, bidirectional attention (MiniLM, BGE v1.5, E5 v2, GTE,
+Arctic ...).
+"""
 
 from backends.families.base import Family
 

@@ -1,6 +1,7 @@
 """Dense embeddings: the sentence-transformers chain behind the transformer, as modules.json tells it.
 
-Pooling over each sequence, then Dense, LayerNorm and Normalize in any order. Everything is computed in float32.
+Pooling over each sequence, then Dense, LayerNorm and Normalize in any order. Everything is computed in
+float32.
 
 *Source:* sentence-transformers 6.2, sentence_transformer/modules and base/modules.
 """
@@ -43,7 +44,9 @@ def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
     modes = (declared,) if isinstance(declared, str) else tuple(declared)
     for mode in modes:
         if mode not in POOLING_MODES:
-            raise CheckpointError(f"pooling mode {mode!r} is not served; the modes are {', '.join(POOLING_MODES)}")
+            raise CheckpointError(
+                f"pooling mode {mode!r} is not served; the modes are {', '.join(POOLING_MODES)}"
+            )
     return modes
 
 
@@ -58,7 +61,8 @@ def dimensions(checkpoint: Checkpoint) -> int:
     first, *rest = checkpoint.modules or (None,)
     if first is None or first.kind != "Pooling":
         raise CheckpointError(
-            f"{where} has {first.kind if first else 'nothing'} behind the Transformer; only a Pooling there makes "
+            f"{where} has {first.kind if first else 'nothing'} behind the Transformer; only a "
+            "Pooling there makes "
             "one vector of each text"
         )
     size = checkpoint.hidden_size * len(pooling_modes(first.config))
@@ -77,7 +81,9 @@ def _dense_size(module: Module, size: int) -> int:
     config = module.config
     for name in ("module_input_name", "module_output_name"):
         if (config.get(name) or _SENTENCE) != _SENTENCE:
-            raise CheckpointError(f"{module.path}/config.json: {name} is {config[name]!r}; only {_SENTENCE} is served")
+            raise CheckpointError(
+                f"{module.path}/config.json: {name} is {config[name]!r}; only {_SENTENCE} is served"
+            )
     if config.get("in_features") != size or not config.get("out_features"):
         raise CheckpointError(
             f"{module.path}/config.json says in_features {config.get('in_features')} and out_features "
@@ -89,7 +95,9 @@ def _dense_size(module: Module, size: int) -> int:
 class DenseHead:
     """Applies the chain, then what the request asks of the result."""
 
-    def __init__(self, pooling: Pooling, links: Sequence[torch.nn.Module], size: int, normalizes: bool) -> None:
+    def __init__(
+        self, pooling: Pooling, links: Sequence[torch.nn.Module], size: int, normalizes: bool
+    ) -> None:
         self.pooling = pooling
         self.links = links
         self.size = size

@@ -1,1 +1,4 @@
-"""Writes and reads the model repository that the server is pointed at. Needs neither torch nor transformers."""
+"""Writes and reads the model repository that the server is pointed at.
+
+Needs neither torch nor transformers.
+"""

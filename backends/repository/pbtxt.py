@@ -14,10 +14,12 @@ _HEADER = "# Written by triton-embeddings; `triton-embeddings add` writes it ane
 
 def stage_config(pipeline: PipelineSpec, stage: StageSpec) -> str:
     """config.pbtxt of one stage."""
-    config = _config(entry_name(pipeline.name, stage.stage), pipeline.max_batch_size, stage.inputs, stage.outputs)
+    config = _config(
+        entry_name(pipeline.name, stage.stage), pipeline.max_batch_size, stage.inputs, stage.outputs
+    )
     config.backend = "python"
-    # An empty dynamic_batching has no delay: a batch forms while the stage works on the one before, and a delay would
-    # be paid at every stage (measured: 500 us cost a lone request 2.3 ms).
+    # An empty dynamic_batching has no delay: a batch forms while the stage works on the one before, and a
+    # delay would be paid at every stage (measured: 500 us cost a lone request 2.3 ms).
     config.dynamic_batching.SetInParent()
     group = config.instance_group.add(count=stage.instances)
     kinds = model_config_pb2.ModelInstanceGroup
@@ -30,12 +32,18 @@ def stage_config(pipeline: PipelineSpec, stage: StageSpec) -> str:
 
 
 def ensemble_config(pipeline: PipelineSpec) -> str:
-    """config.pbtxt of the ensemble that chains the stages: equal names are joined, unread outputs left out."""
+    """config.pbtxt of the ensemble that chains the stages: equal names are joined, unread outputs
+    left out.
+    """
     config = _config(pipeline.name, pipeline.max_batch_size, pipeline.inputs, pipeline.outputs)
     config.platform = "ensemble"
-    used = {spec.name for stage in pipeline.stages for spec in stage.inputs} | {o.name for o in pipeline.outputs}
+    used = {spec.name for stage in pipeline.stages for spec in stage.inputs} | {
+        o.name for o in pipeline.outputs
+    }
     for stage in pipeline.stages:
-        step = config.ensemble_scheduling.step.add(model_name=entry_name(pipeline.name, stage.stage), model_version=-1)
+        step = config.ensemble_scheduling.step.add(
+            model_name=entry_name(pipeline.name, stage.stage), model_version=-1
+        )
         for spec in stage.inputs:
             step.input_map[spec.name] = spec.name
         for spec in stage.outputs:
@@ -50,7 +58,9 @@ def parse(text: str) -> Any:
     return text_format.Parse(text, model_config_pb2.ModelConfig())
 
 
-def _config(name: str, max_batch_size: int, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Any:
+def _config(
+    name: str, max_batch_size: int, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> Any:
     config = model_config_pb2.ModelConfig(name=name, max_batch_size=max_batch_size)
     for spec in inputs:
         config.input.add(
@@ -67,4 +77,5 @@ def _set_parameters(config: Any, parameters: dict[str, str]) -> None:
 
 
 def _text(config: Any) -> str:
-    return _HEADER + text_format.MessageToString(config, use_index_order=True)
+    text: str = text_format.MessageToString(config, use_index_order=True)
+    return _HEADER + text

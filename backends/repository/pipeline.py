@@ -19,24 +19,44 @@ from backends.contract import (
     StageSpec,
     TensorSpec,
 )
-from backends.errors import OptionError
+from backends.errors import CheckpointError, OptionError
 from backends.families import family_of
 from backends.families.base import Family
 from backends.heads import HEADS
 from backends.options import WIRE_DTYPES, ServingOptions
 
+_TASK_HEADS: dict[str, tuple[str, ...]] = {"DENSE_EMBEDDING": ("dense",)}
+# Parts of config.json's architecture, or values of model_type in config_sentence_transformers.json.
+_OTHER_TASKS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "HF_ColBERT",
+    "CrossEncoder",
+    "SparseEncoder",
+    "MultiVectorEncoder",
+    "ColBERT",
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Tensors with one value for each item of a request, in one row: [1, n].
-_PER_ITEM = {LENGTH: TensorSpec(LENGTH, "INT32", (-1,), True), PROMPT_LENGTH: TensorSpec(PROMPT_LENGTH, "INT32", (-1,), True)}
+_PER_ITEM = {
+    LENGTH: TensorSpec(LENGTH, "INT32", (-1,), True),
+    PROMPT_LENGTH: TensorSpec(PROMPT_LENGTH, "INT32", (-1,), True),
+}
 _TEXT = TensorSpec(TEXT, "STRING", (-1,), True)
 
 
-def build_pipeline(name: str, reference: str, checkpoint: Checkpoint, options: ServingOptions) -> PipelineSpec:
+def build_pipeline(
+    name: str, reference: str, checkpoint: Checkpoint, options: ServingOptions
+) -> PipelineSpec:
     """The entries that serve a checkpoint under a name. Raises CheckpointError or OptionError."""
     if not _NAME.fullmatch(name):
-        raise OptionError(f"the name {name!r} cannot be used; letters, digits, '.', '_' and '-' can (served_model_name takes more)")
+        raise OptionError(
+            f"the name {name!r} cannot be used; letters, digits, '.', '_' and '-' can "
+            "(served_model_name takes more)"
+        )
     family = family_of(checkpoint, options.model_type)
-    heads = ["dense"]
+    heads = heads_of(checkpoint, options)
     stages = (
         _tokenizer(reference, options),
         _encoder(reference, checkpoint, options),
@@ -56,11 +76,32 @@ def build_pipeline(name: str, reference: str, checkpoint: Checkpoint, options: S
     return pipeline
 
 
+def heads_of(checkpoint: Checkpoint, options: ServingOptions) -> tuple[str, ...]:
+    """The heads that a checkpoint is served with: those of the task that a person gives, or what it is made
+    for.
+
+    Raises OptionError for a task that is not served, CheckpointError for a checkpoint made for such a task.
+    """
+    if options.task is not None:
+        heads = _TASK_HEADS.get(options.task.upper())
+        if heads is None:
+            raise OptionError(f"task is {options.task!r}; it takes {', '.join(_TASK_HEADS)}")
+        return heads
+    for mark in _OTHER_TASKS:
+        if mark in checkpoint.architecture or mark == checkpoint.sentence_model_type:
+            raise CheckpointError(
+                f"{checkpoint.path} is made for another task than dense embedding ({mark}), which "
+                "is not served yet; "
+                "--task DENSE_EMBEDDING serves its encoder all the same"
+            )
+    return ("dense",)
+
+
 def check_wiring(pipeline: PipelineSpec) -> None:
     """Every input of a step is made by an earlier one with the same type, and outputs are leaves.
 
-    The server (2.51) loads an ensemble with an output that a step reads too, and then fails every request that asks
-    for some of the outputs only. Raises ValueError.
+    The server (2.51) loads an ensemble with an output that a step reads too, and then fails every request
+    that asks for some of the outputs only. Raises ValueError.
     """
     made = {spec.name: spec for spec in pipeline.inputs}
     read = set()
@@ -68,16 +109,26 @@ def check_wiring(pipeline: PipelineSpec) -> None:
         for spec in stage.inputs:
             source = made.get(spec.name)
             if source is None or source.dtype != spec.dtype:
-                raise ValueError(f"{pipeline.name}: {stage.stage} reads {spec.name} {spec.dtype}, which no step before it makes")
+                raise ValueError(
+                    f"{pipeline.name}: {stage.stage} reads {spec.name} {spec.dtype}, which no step "
+                    "before it makes"
+                )
             read.add(spec.name)
         made.update({spec.name: spec for spec in stage.outputs})
     for spec in pipeline.outputs:
         if spec.name in read or spec.name not in made:
-            raise ValueError(f"{pipeline.name}: {spec.name} cannot be an output: it is read by a step, or made by none")
+            raise ValueError(
+                f"{pipeline.name}: {spec.name} cannot be an output: it is read by a step, or made by none"
+            )
 
 
 def _describe(
-    name: str, reference: str, checkpoint: Checkpoint, options: ServingOptions, family: Family, heads: list[str]
+    name: str,
+    reference: str,
+    checkpoint: Checkpoint,
+    options: ServingOptions,
+    family: Family,
+    heads: tuple[str, ...],
 ) -> dict[str, str]:
     dense = HEADS["dense"].outputs(checkpoint)[0]
     return {

@@ -7,11 +7,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from google.protobuf import text_format
 
 from backends.contract import PipelineParameter, PipelineSpec, entry_name
 from backends.errors import CheckpointError
+from backends.options import ServingOptions
 from backends.repository.pbtxt import ensemble_config, parse, stage_config
 
 _MODEL = '''"""{summary}"""
@@ -28,6 +30,7 @@ class Entry:
 
     name: str
     parameters: Mapping[str, str]
+    options: ServingOptions
 
     @property
     def checkpoint(self) -> str:
@@ -46,15 +49,17 @@ def render(pipeline: PipelineSpec) -> dict[str, str]:
         entry = entry_name(pipeline.name, stage.stage)
         module, _, name = stage.stage_class.rpartition(".")
         files[f"{entry}/config.pbtxt"] = stage_config(pipeline, stage)
-        files[f"{entry}/1/model.py"] = _MODEL.format(summary=f"The {stage.stage} stage.", module=module, name=name)
+        files[f"{entry}/1/model.py"] = _MODEL.format(
+            summary=f"The {stage.stage} stage.", module=module, name=name
+        )
     return files
 
 
 def write(repository: Path, pipeline: PipelineSpec) -> None:
     """Writes all entries of a pipeline, in place of those that it had before.
 
-    They are made in a folder beside their place and moved there whole, the ensemble last: a server that looks in
-    between finds a pipeline complete or not at all.
+    They are made in a folder beside their place and moved there whole, the ensemble last: a server that looks
+    in between finds a pipeline complete or not at all.
     """
     repository.mkdir(parents=True, exist_ok=True)
     # Beside the repository, where a server that scans it does not see a half-written entry.
@@ -68,13 +73,18 @@ def write(repository: Path, pipeline: PipelineSpec) -> None:
         for stage in pipeline.stages:
             entry = entry_name(pipeline.name, stage.stage)
             if (repository / entry).exists():
-                raise CheckpointError(f"{repository / entry} is in the way and belongs to no model; delete it first")
+                raise CheckpointError(
+                    f"{repository / entry} is in the way and belongs to no model; delete it first"
+                )
             shutil.move(Path(folder) / entry, repository / entry)
         shutil.move(Path(folder) / pipeline.name, repository / pipeline.name)
 
 
 def remove(repository: Path, name: str) -> None:
-    """Deletes the entries of a pipeline, the ensemble first. Raises CheckpointError when there is no such pipeline."""
+    """Deletes the entries of a pipeline, the ensemble first.
+
+    Raises CheckpointError when there is no such pipeline.
+    """
     known = {entry.name: entry for entry in list_pipelines(repository)}
     if name not in known:
         names = ", ".join(known) or "nothing"
@@ -86,14 +96,30 @@ def remove(repository: Path, name: str) -> None:
 
 
 def list_pipelines(repository: Path) -> list[Entry]:
-    """The pipelines of a repository that this project wrote, by name. Raises CheckpointError for a broken config.pbtxt."""
+    """The pipelines of a repository that this project wrote, by name.
+
+    Raises CheckpointError for a broken config.pbtxt.
+    """
     found = []
     for file in sorted(repository.glob("*/config.pbtxt")):
         try:
             config = parse(file.read_text(encoding="utf-8"))
         except (text_format.ParseError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}; write it anew with triton-embeddings add") from error
+            raise CheckpointError(
+                f"{file} cannot be read: {error}; write it anew with triton-embeddings add"
+            ) from error
         if config.platform == "ensemble" and PipelineParameter.CHECKPOINT in config.parameters:
             parameters = {name: value.string_value for name, value in config.parameters.items()}
-            found.append(Entry(file.parent.name, parameters))
+            found.append(Entry(file.parent.name, parameters, _options(repository, config)))
     return found
+
+
+def _options(repository: Path, ensemble: Any) -> ServingOptions:
+    """The options that a pipeline was written with, as its first stage has them."""
+    file = repository / ensemble.ensemble_scheduling.step[0].model_name / "config.pbtxt"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing; write the model {ensemble.name} anew with triton-embeddings add"
+        )
+    parameters = parse(file.read_text(encoding="utf-8")).parameters
+    return ServingOptions.from_parameters({name: value.string_value for name, value in parameters.items()})

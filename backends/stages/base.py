@@ -1,8 +1,8 @@
 """What all stages share: the server's objects in, plain tensors through, the server's objects out.
 
 The only importer of triton_python_backend_utils, and the only place where our errors become the server's. An
-exception that leaves execute() would fail every request of the batch and send its traceback to the clients, so each
-request gets its own error, and a batch that fails as a whole is run again request by request.
+exception that leaves execute() would fail every request of the batch and send its traceback to the clients,
+so each request gets its own error, and a batch that fails as a whole is run again request by request.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class Stage(ABC):
             stream=sys.stderr, level=logging.INFO, format=f"{args['model_name']}: %(levelname)s %(message)s"
         )
         parameters = {
-            name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
+            name: value["string_value"]
+            for name, value in json.loads(args["model_config"])["parameters"].items()
         }
         try:
             options = ServingOptions.from_parameters(parameters)
@@ -133,7 +134,9 @@ class Stage(ABC):
             return error
         except Exception:
             logger.exception("a request failed")
-            return RequestError(ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why")
+            return RequestError(
+                ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why"
+            )
 
 
 def _response(request: StageRequest, answer: Answer | RequestError) -> Any:

@@ -1,4 +1,6 @@
-"""The encoder stage: input_ids [1, t], length [1, n] -> hidden [1, t, h], all requests of a batch in packed passes."""
+"""The encoder stage: input_ids [1, t], length [1, n] -> hidden [1, t, h], all requests of a batch in
+packed passes.
+"""
 
 from __future__ import annotations
 
@@ -57,4 +59,3 @@ class EncoderStage(Stage):
             hidden = encode(self.forward, tokens, self.max_batch_tokens, self.wire_dtype)
         sizes = [int(one.sum()) for one in lengths]
         return [{HIDDEN: part[None]} for part in torch.split(hidden, sizes)]
-

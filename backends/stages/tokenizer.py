@@ -30,7 +30,8 @@ class TokenizerStage(Stage):
             text = request.array(TEXT)
             if text.shape[1] != 1:
                 raise RequestError(
-                    ErrorCode.INVALID_INPUT, f"text has shape {list(text.shape)}; this model takes [n, 1], one text each"
+                    ErrorCode.INVALID_INPUT,
+                    f"text has shape {list(text.shape)}; this model takes [n, 1], one text each",
                 )
             rows = self.tokenizer.encode(text[:, 0].tolist(), settings)
         except RequestError as error:

@@ -1,7 +1,7 @@
 """Finds tritonserver, and makes the one inside the nvidia-pytriton wheel usable from the command line.
 
-Also the command `tritonserver` itself in an environment where the server comes from the wheel: it starts the real
-binary with the same arguments, plus what the wheel's server cannot know: where its Python backend lies.
+Also the command `tritonserver` itself in an environment where the server comes from the wheel: it starts the
+real binary with the same arguments, plus what the wheel's server cannot know: where its Python backend lies.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def find_server() -> ServerBinary:
 
 
 def state_directory() -> Path:
-    """Where this environment keeps what it makes at run time: inside the environment, else in the temporary folder."""
+    """Where this environment keeps what it makes at run time: inside the environment, else in the
+    temporary folder.
+    """
     inside = Path(sys.prefix) / "var" / "triton-embeddings"
     try:
         inside.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,10 @@ def state_directory() -> Path:
 
 
 def main() -> None:
-    """The command `tritonserver`: becomes the real one. Listens on loopback unless the arguments say otherwise."""
+    """The command `tritonserver`: becomes the real one.
+
+    Listens on loopback unless the arguments say otherwise.
+    """
     try:
         server = find_server()
     except CommandError as error:
@@ -99,8 +104,13 @@ def _assemble_backends(root: Path) -> Path:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
-        known = ", ".join(sorted((p.name for p in (root / "python_backend_stubs").iterdir()), key=_version_key))
-        raise CommandError(f"this server has no Python backend for Python {version}; make the environment with one of {known}")
+        known = ", ".join(
+            sorted((p.name for p in (root / "python_backend_stubs").iterdir()), key=_version_key)
+        )
+        raise CommandError(
+            f"this server has no Python backend for Python {version}; make the environment with one "
+            f"of {known}"
+        )
     folder = state_directory() / "backends" / "python"
     folder.mkdir(parents=True, exist_ok=True)
     for source in (*(f for f in (root / "backends" / "python").iterdir() if f.is_file()), stub):
@@ -124,13 +134,17 @@ def _libpython_folder() -> Path:
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
     places = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib"]
     multiarch = sysconfig.get_config_var("MULTIARCH")
-    places += [f"{base}/{multiarch}" for base in ("/usr/lib", "/lib", "/usr/local/lib")] + ["/usr/lib64", "/usr/local/lib"]
+    places += [f"{base}/{multiarch}" for base in ("/usr/lib", "/lib", "/usr/local/lib")] + [
+        "/usr/lib64",
+        "/usr/local/lib",
+    ]
     for place in places:
         if place and (Path(place) / name).is_file():
             return Path(place)
     package = f"libpython{sys.version_info.major}.{sys.version_info.minor}"
     raise CommandError(
-        f"{name} is missing, which the server's Python backend needs; install it (Debian, Ubuntu: apt-get install {package}) "
+        f"{name} is missing, which the server's Python backend needs; install it (Debian, Ubuntu: "
+        f"apt-get install {package}) "
         "or use a Python that was built with --enable-shared"
     )
 
@@ -138,7 +152,9 @@ def _libpython_folder() -> Path:
 def _environment(libraries: list[str]) -> dict[str, str]:
     environment = dict(os.environ)
     # The stub takes the first Python on PATH, and with it this environment's packages.
-    environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)])
+    environment["PATH"] = os.pathsep.join(
+        [str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)]
+    )
     if libraries:
         given = environment.get("LD_LIBRARY_PATH")
         environment["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *([given] if given else [])])

@@ -1,0 +1,100 @@
+"""Puts the gateway together: services, dialects, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+from collections.abc import AsyncIterator, Mapping
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from gateway.catalog import Catalog
+from gateway.endpoints import DEFAULT_DIALECT, DIALECTS
+from gateway.endpoints.dialect import Dialect, Services
+from gateway.errors import BadRequest, GatewayError, ServerFault
+from gateway.inference import GrpcInference, Inference
+from gateway.readiness import Readiness
+from gateway.settings import Settings
+from gateway.wire import respond
+
+logger = logging.getLogger(__name__)
+
+_DESCRIPTION = (
+    "Embedding models on NVIDIA Triton Inference Server. Point an OpenAI client's base_url at /v1; "
+    "no API key is needed."
+)
+
+
+def create_app(settings: Settings, inference: Inference | None = None) -> FastAPI:
+    """The application.
+
+    Tests give an inference of their own; else the server that the settings name is used.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # Made here: the gRPC channel belongs to the event loop that runs now.
+        own = inference or GrpcInference(settings.server, settings.request_timeout_s)
+        catalog = Catalog(own)
+        readiness = Readiness(own, catalog, settings.canary_interval_s)
+        app.state.services = Services(settings, own, catalog, readiness)
+        watch = asyncio.create_task(readiness.watch())
+        # What lives by now lives for ever: without it, collections of old objects double the 99th percentile.
+        gc.freeze()
+        yield
+        readiness.is_draining = True
+        watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
+        await own.close()
+
+    app = FastAPI(title="triton-embeddings", description=_DESCRIPTION, version="0.1.0", lifespan=lifespan)
+    for name, dialect in DIALECTS.items():
+        app.include_router(dialect.router, tags=[name])
+    app.add_exception_handler(GatewayError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(Exception, _answer_unknown)
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)
+    return _respond(request, error, error.status)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    """Routes that do not exist, and methods that a route does not have."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    text = (
+        f"{what} does not exist here; /docs lists what does"
+        if error.status_code in (404, 405)
+        else error.detail
+    )
+    return _respond(request, BadRequest(text, code="not_found"), error.status_code, error.headers)
+
+
+async def _answer_unknown(request: Request, error: Exception) -> Response:
+    logger.error("unexpected error on %s", request.url.path, exc_info=error)
+    return _respond(request, ServerFault("an unexpected error; the gateway's log tells what it was"), 500)
+
+
+def _respond(
+    request: Request,
+    error: GatewayError,
+    status: int,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    extra = dict(headers or {})
+    if error.retry_after_s is not None:
+        extra["Retry-After"] = str(error.retry_after_s)
+    return respond(_dialect(request).render_error(error), status, extra)
+
+
+def _dialect(request: Request) -> Dialect:
+    """The dialect whose route the request took."""
+    tags = getattr(request.scope.get("route"), "tags", None) or [""]
+    return DIALECTS.get(tags[0], DEFAULT_DIALECT)

@@ -1,0 +1,38 @@
+"""What an operator's probes ask: whether the process lives, and whether every model answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from gateway.endpoints.dialect import Dialect, services
+from gateway.errors import GatewayError
+from gateway.wire import respond
+
+router = APIRouter()
+
+
+@router.get("/health", summary="Whether the gateway is alive")
+async def health() -> Response:
+    """200 as long as the gateway's process runs, whatever the models do."""
+    return respond({"status": "ok"})
+
+
+@router.get("/ready", summary="Whether every model answers")
+async def ready(request: Request) -> Response:
+    """200 when a real inference of every model went through lately, else 503 with the reasons."""
+    report = services(request).readiness.report()
+    models = {name: {"ready": reason is None, "reason": reason} for name, reason in report.models.items()}
+    status = "ready" if report.is_ready else "not ready"
+    return respond(
+        {"status": status, "reason": report.reason, "models": models}, 200 if report.is_ready else 503
+    )
+
+
+def render_error(error: GatewayError) -> dict[str, Any]:
+    """{"error": message}."""
+    return {"error": error.message}
+
+
+DIALECT = Dialect(router, render_error)

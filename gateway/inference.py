@@ -1,0 +1,221 @@
+"""The way to the inference server: the only importer of tritonclient, and the only mapper of its statuses.
+
+A request's items are sorted by size, cut into server requests of at most the model's batch size, sent at once
+over one long-lived gRPC channel, and put back in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import tritonclient.grpc.aio as server_client
+from tritonclient.utils import InferenceServerException
+
+from backends.contract import TEXT, ErrorCode, PipelineParameter, StageFailure, Task
+from gateway.errors import GatewayError, RefusedItem, ServerFault, TimedOut, Unavailable
+
+logger = logging.getLogger(__name__)
+
+Array = npt.NDArray[Any]
+Parameters = Mapping[str, str | int | bool]
+
+_CHANNEL_OPTIONS = [
+    # ColBERT answers of a full batch pass gRPC's 4 MB.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # A server that is started again is found within a second; gRPC would wait up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+# A stub that died is noticed by nobody but the request that meets it; the model cannot answer until it is
+# loaded anew.
+_DEAD_STUB = re.compile(r"Stub process .* is not healthy")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model as the server describes it."""
+
+    name: str
+    """The ensemble's name."""
+    served_model_name: str
+    """The name that clients use."""
+    tasks: frozenset[Task]
+    family: str
+    dimensions: int | None
+    """Components of a dense embedding."""
+    max_length: int
+    """Tokens of one text."""
+    max_batch_size: int
+    """Texts of one server request."""
+
+
+class Inference(Protocol):
+    """What the gateway needs of an inference server; tests put a fake in its place."""
+
+    async def pipelines(self) -> list[Pipeline]:
+        """The models that are loaded. Raises GatewayError."""
+
+    async def infer(
+        self, pipeline: Pipeline, items: Sequence[bytes], outputs: Sequence[str], parameters: Parameters
+    ) -> dict[str, Array]:
+        """One row of every output for each item, in the order of the items. Raises GatewayError."""
+
+    def last_success(self, pipeline: Pipeline) -> float | None:
+        """time.monotonic() of the last answer of a model."""
+
+    async def close(self) -> None:
+        """Gives the connection back."""
+
+
+class GrpcInference:
+    """Inference over the server's gRPC interface."""
+
+    def __init__(self, server: str, timeout_s: float) -> None:
+        self._client = server_client.InferenceServerClient(server, channel_args=_CHANNEL_OPTIONS)
+        self._server = server
+        self._timeout_s = timeout_s
+        self._last_success: dict[str, float] = {}
+
+    async def pipelines(self) -> list[Pipeline]:
+        try:
+            index = await self._client.get_model_repository_index(client_timeout=self._timeout_s)
+            # Entries of stages have a dot and the stage's name behind the pipeline's; only ensembles describe
+            # a model.
+            ready = [model.name for model in index.models if model.state == "READY"]
+            configs = await asyncio.gather(
+                *(self._client.get_model_config(name, client_timeout=self._timeout_s) for name in ready)
+            )
+        except InferenceServerException as error:
+            raise self._explain(error, self._server) from error
+        return sorted(
+            (
+                _pipeline(answer.config)
+                for answer in configs
+                if PipelineParameter.TASKS in answer.config.parameters
+            ),
+            key=lambda pipeline: pipeline.name,
+        )
+
+    async def infer(
+        self, pipeline: Pipeline, items: Sequence[bytes], outputs: Sequence[str], parameters: Parameters
+    ) -> dict[str, Array]:
+        parts = _cut(items, pipeline.max_batch_size)
+        answers = await asyncio.gather(
+            *(self._infer_part(pipeline, [items[i] for i in part], outputs, parameters) for part in parts),
+            return_exceptions=True,
+        )
+        failures = [
+            _place(a, part) for a, part in zip(answers, parts, strict=True) if isinstance(a, BaseException)
+        ]
+        if failures:
+            # Of several refused items the client is told the first, whichever server request came back first.
+            raise min(failures, key=_first_item)
+        self._last_success[pipeline.name] = time.monotonic()
+        merged: dict[str, Array] = {}
+        for name in outputs:
+            rows = [answer[name] for answer in answers if not isinstance(answer, BaseException)]
+            merged[name] = (
+                rows[0] if len(rows) == 1 else np.empty((len(items), *rows[0].shape[1:]), rows[0].dtype)
+            )
+            if len(rows) > 1:
+                for part, row in zip(parts, rows, strict=True):
+                    merged[name][part] = row
+        return merged
+
+    async def _infer_part(
+        self, pipeline: Pipeline, items: Sequence[bytes], outputs: Sequence[str], parameters: Parameters
+    ) -> dict[str, Array]:
+        elements = np.empty((len(items), 1), dtype=np.object_)
+        elements[:, 0] = items
+        text = server_client.InferInput(TEXT, list(elements.shape), "BYTES")
+        text.set_data_from_numpy(elements)
+        try:
+            result = await self._client.infer(
+                pipeline.name,
+                [text],
+                outputs=[server_client.InferRequestedOutput(name) for name in outputs],
+                parameters=dict(parameters) or None,
+                client_timeout=self._timeout_s,
+            )
+        except InferenceServerException as error:
+            raise self._explain(error, pipeline.served_model_name) from error
+        return {name: result.as_numpy(name) for name in outputs}
+
+    def last_success(self, pipeline: Pipeline) -> float | None:
+        return self._last_success.get(pipeline.name)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def _explain(self, error: InferenceServerException, subject: str) -> GatewayError:
+        """A status of the server -> the error that the client sees."""
+        status = error.status() or ""
+        message = error.message() or ""
+        failure = StageFailure.parse(message)
+        if failure is not None and failure.code is not ErrorCode.INTERNAL:
+            return RefusedItem(failure.message, item=failure.item, reason=failure.code)
+        if failure is None and _DEAD_STUB.search(message):
+            logger.error("%s: %s", subject, message)
+            return Unavailable(f"the model {subject} does not answer at the moment; try again in a while")
+        if status == _status(grpc.StatusCode.DEADLINE_EXCEEDED):
+            return TimedOut(
+                f"{subject} did not answer within {self._timeout_s:g} s; send fewer or shorter inputs"
+            )
+        if status == _status(grpc.StatusCode.UNAVAILABLE):
+            logger.debug("%s: %s", subject, message)
+            return Unavailable("the inference server cannot be reached at the moment; try again in a while")
+        if status == _status(grpc.StatusCode.NOT_FOUND):
+            return Unavailable(f"the model {subject} is not loaded at the moment; try again in a while")
+        logger.error("%s: %s %s", subject, status, message)
+        return ServerFault("the model failed on this request; the server's log tells why")
+
+
+def _pipeline(config: Any) -> Pipeline:
+    parameters = {name: value.string_value for name, value in config.parameters.items()}
+    dimensions = parameters.get(PipelineParameter.DIMENSIONS)
+    return Pipeline(
+        name=config.name,
+        served_model_name=parameters.get(PipelineParameter.SERVED_MODEL_NAME, config.name),
+        tasks=frozenset(Task(task) for task in parameters[PipelineParameter.TASKS].split(",")),
+        family=parameters.get(PipelineParameter.FAMILY, ""),
+        dimensions=None if dimensions is None else int(dimensions),
+        max_length=int(parameters[PipelineParameter.MAX_LENGTH]),
+        max_batch_size=config.max_batch_size,
+    )
+
+
+def _status(code: grpc.StatusCode) -> str:
+    return f"StatusCode.{code.name}"
+
+
+def _cut(items: Sequence[bytes], max_batch_size: int) -> list[list[int]]:
+    """Indices of the items of each server request: of about one size, so that none waits for a much
+    longer one.
+    """
+    if len(items) <= max_batch_size:
+        return [list(range(len(items)))]
+    order = sorted(range(len(items)), key=lambda i: len(items[i]))
+    return [order[start : start + max_batch_size] for start in range(0, len(order), max_batch_size)]
+
+
+def _place(error: BaseException, part: Sequence[int]) -> BaseException:
+    """A refused item's place in a server request -> its place in the client's list."""
+    if isinstance(error, RefusedItem) and error.item is not None:
+        return RefusedItem(error.message, item=part[error.item], reason=error.reason)
+    return error
+
+
+def _first_item(error: BaseException) -> tuple[bool, int]:
+    """Sorts faults of this side before refused items, and those by their place."""
+    is_refusal = isinstance(error, RefusedItem)
+    return is_refusal, error.item or 0 if isinstance(error, RefusedItem) else 0

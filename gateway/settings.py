@@ -1,0 +1,27 @@
+"""What an operator may set; the only reader of the environment (GATEWAY_HOST, GATEWAY_PORT and so on)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Read once at start, never changed afterwards."""
+
+    model_config = SettingsConfigDict(env_prefix="GATEWAY_", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: int = Field(30000, ge=0, le=65535)
+    server: str = "127.0.0.1:8001"
+    """host:port of the inference server's gRPC interface."""
+    max_body_bytes: int = Field(32 * 2**20, ge=1)
+    """Larger request bodies are refused with 413."""
+    max_items: int = Field(2048, ge=1)
+    """Inputs of one request; OpenAI's own limit."""
+    request_timeout_s: float = Field(300.0, gt=0)
+    """After this long without an answer from the server a request fails with 504."""
+    canary_interval_s: float = Field(5.0, gt=0)
+    """How often a model without traffic is asked whether it still answers."""
+    drain_timeout_s: int = Field(30, ge=1)
+    """How long a stopping gateway waits for the requests that it has accepted."""

@@ -1,0 +1,98 @@
+"""Bytes of HTTP bodies: reading them within limits, checking them, and writing answers straight from
+arrays.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from fastapi import Request, Response
+from pydantic import BaseModel, ValidationError
+
+from gateway.errors import BadRequest, BodyTooLarge
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read(request: Request, model: type[Body], max_bytes: int) -> Body:
+    """The request's JSON body as a model. Raises BadRequest or BodyTooLarge."""
+    return check(model, parse(await read_bytes(request, max_bytes)))
+
+
+async def read_bytes(request: Request, max_bytes: int) -> bytes:
+    """The body, of which no more is taken in than the limit. Raises BodyTooLarge."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _too_large(max_bytes)
+    chunks = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """A JSON object. Raises BadRequest, which says where the JSON breaks off."""
+    if not body:
+        raise BadRequest("the body is empty; a JSON object belongs there")
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(content, dict):
+        raise BadRequest(
+            f"the body is a JSON {_kind(content)}; a JSON object belongs there", code="invalid_json"
+        )
+    return content
+
+
+def check(model: type[Body], content: Mapping[str, Any]) -> Body:
+    """The content as a model. Raises BadRequest, which names the first field at fault."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+        if first["type"] == "missing":
+            raise BadRequest(f"the field {field} is missing", param=field) from None
+        raise BadRequest(f"{field} is {_shorten(first['input'])}: {_explain(first)}", param=field) from None
+
+
+def respond(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response; numpy arrays in the content are written without a detour over Python numbers."""
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status, dict(headers or {}), "application/json")
+
+
+def to_base64(row: npt.NDArray[np.float32]) -> str:
+    """Little-endian float32 numbers in base64, as OpenAI's clients read them."""
+    return base64.b64encode(np.ascontiguousarray(row, "<f4").data).decode("ascii")
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"the body is larger than {max_bytes} bytes; send fewer inputs at a time "
+        "(the operator can raise the limit with GATEWAY_MAX_BODY_BYTES)"
+    )
+
+
+def _explain(error: Any) -> str:
+    text: str = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return text if error["type"] == "value_error" else f"it takes {text}"
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _kind(content: Any) -> str:
+    return {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(content), "number")

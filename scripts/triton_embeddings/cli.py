@@ -1,0 +1,206 @@
+"""The command triton-embeddings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from backends.contract import PipelineParameter
+from backends.errors import BackendError
+from backends.repository.writer import list_pipelines
+from backends.repository.writer import remove as remove_pipeline
+from triton_embeddings import models
+from triton_embeddings.errors import CommandError
+from triton_embeddings.flags import rewrite
+from triton_embeddings.launch import Addresses, Stop, launch
+from triton_embeddings.server_binary import state_directory
+
+app = typer.Typer(
+    help="Serve embedding models on NVIDIA Triton Inference Server.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+
+Repository = Annotated[
+    Path | None,
+    typer.Option(
+        "--model-repository", help="Where the models' entries lie. Default: the checkout's model_repository."
+    ),
+]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+MaxBatchTokens = Annotated[int | None, typer.Option(help="Tokens of one forward pass. Default: 16384.")]
+MaxBatchSize = Annotated[int | None, typer.Option(help="Texts of one server request. Default: 64.")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Tokens of one text. Default: the checkpoint's own limit.")
+]
+Truncation = Annotated[
+    str | None,
+    typer.Option(
+        help="What happens to longer texts by default: error, right (cut the end) or left. Default: error."
+    ),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of the encoder. Default: one for each core.")]
+Instances = Annotated[int | None, typer.Option(help="Processes of the encoder. Default: 1.")]
+ServedModelName = Annotated[
+    str | None, typer.Option(help="The model's name in the HTTP API. Default: its own name.")
+]
+Task = Annotated[
+    str | None, typer.Option(help="What the checkpoint is for, if it does not say: DENSE_EMBEDDING.")
+]
+ModelType = Annotated[str | None, typer.Option(help="Overrides config.json's model_type.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code that a checkpoint brings run.")
+]
+MaxContextBatchSize = Annotated[int | None, typer.Option(hidden=True)]
+
+_CHECKPOINT_HELP = "A directory, package:PACKAGE/PATH, or an id of the Hugging Face hub."
+
+
+@app.command()
+def add(
+    checkpoint: Annotated[str, typer.Argument(help=_CHECKPOINT_HELP)],
+    name: Annotated[
+        str | None, typer.Option(help="The model's name. Default: the checkpoint's folder.")
+    ] = None,
+    model_repository: Repository = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_batch_tokens: MaxBatchTokens = None,
+    max_batch_size: MaxBatchSize = None,
+    max_length: MaxLength = None,
+    truncation: Truncation = None,
+    threads: Threads = None,
+    instances: Instances = None,
+    served_model_name: ServedModelName = None,
+    task: Task = None,
+    model_type: ModelType = None,
+    trust_remote_code: TrustRemoteCode = False,
+    max_context_batch_size: MaxContextBatchSize = None,
+) -> None:
+    """Write the model repository's entries of a checkpoint; its weights stay where they are."""
+    options = _given(locals())
+    repository = model_repository or models.default_repository()
+    pipeline = models.add(repository, checkpoint, name, options)
+    facts = pipeline.parameters
+    console.print(
+        f"added {pipeline.name}: {facts[PipelineParameter.FAMILY]}, {facts[PipelineParameter.TASKS]}, "
+        f"{facts[PipelineParameter.DIMENSIONS]} dimensions, {facts[PipelineParameter.MAX_LENGTH]} tokens, "
+        f"from {facts[PipelineParameter.CHECKPOINT]}",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def remove(
+    name: Annotated[str, typer.Argument(help="The model's name, as `list` shows it.")],
+    model_repository: Repository = None,
+) -> None:
+    """Delete the model repository's entries of a model; its checkpoint stays."""
+    remove_pipeline(model_repository or models.default_repository(), name)
+    console.print(f"removed {name}")
+
+
+@app.command(name="list")
+def list_models(model_repository: Repository = None) -> None:
+    """Show the models of the repository."""
+    repository = model_repository or models.default_repository()
+    entries = list_pipelines(repository)
+    if not entries:
+        console.print(
+            f"{repository} has no models; add one with: triton-embeddings add CHECKPOINT", soft_wrap=True
+        )
+        return
+    table = Table(
+        "name", "family", "tasks", "dimensions", "max tokens", "checkpoint", box=None, padding=(0, 3, 0, 0)
+    )
+    table.columns[-1].overflow = "fold"
+    for entry in entries:
+        facts = entry.parameters
+        columns = (
+            PipelineParameter.FAMILY,
+            PipelineParameter.TASKS,
+            PipelineParameter.DIMENSIONS,
+            PipelineParameter.MAX_LENGTH,
+            PipelineParameter.CHECKPOINT,
+        )
+        table.add_row(entry.name, *(facts.get(column, "") for column in columns))
+    console.print(table, soft_wrap=True)
+
+
+@app.command()
+def serve(
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help=f"{_CHECKPOINT_HELP} Served alone; without one, everything in the model repository."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address of the gateway; 0.0.0.0 is every interface.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the gateway; 0 is any free one.")] = 30000,
+    http_port: Annotated[int, typer.Option(help="tritonserver's HTTP port, on loopback.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="tritonserver's gRPC port, on loopback.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="tritonserver's metrics port, on loopback.")] = 8002,
+    model_repository: Repository = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_batch_tokens: MaxBatchTokens = None,
+    max_batch_size: MaxBatchSize = None,
+    max_length: MaxLength = None,
+    truncation: Truncation = None,
+    threads: Threads = None,
+    instances: Instances = None,
+    served_model_name: ServedModelName = None,
+    task: Task = None,
+    model_type: ModelType = None,
+    trust_remote_code: TrustRemoteCode = False,
+    max_context_batch_size: MaxContextBatchSize = None,
+) -> None:
+    """Start tritonserver and the gateway, and serve until Ctrl-C."""
+    options = _given(locals())
+    stop = Stop()
+    repository = model_repository or models.default_repository()
+    scratch = state_directory() / f"repository-{os.getpid()}"
+    with models.served_repository(repository, checkpoints or [], options, scratch) as served:
+        launch(served, Addresses(host, port, http_port, grpc_port, metrics_port), console, stop)
+
+
+_OPTIONS = (
+    "dtype",
+    "device",
+    "max_batch_tokens",
+    "max_batch_size",
+    "max_length",
+    "truncation",
+    "threads",
+    "instances",
+    "served_model_name",
+    "task",
+    "model_type",
+    "trust_remote_code",
+    "max_context_batch_size",
+)
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The options of a checkpoint that stand on the command line."""
+    return {name: arguments[name] for name in _OPTIONS if arguments[name] not in (None, False)}
+
+
+def main() -> None:
+    """Runs a command; errors are one line and exit code 1."""
+    try:
+        app(rewrite(sys.argv[1:]))
+    except (BackendError, CommandError) as error:
+        Console(stderr=True, highlight=False, markup=False).print(f"error: {error}", soft_wrap=True)
+        sys.exit(1)

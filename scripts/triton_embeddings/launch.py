@@ -1,0 +1,240 @@
+"""Starts the server and the gateway, waits until a real inference has answered, and stops both in order."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from triton_embeddings.errors import CommandError
+from triton_embeddings.process import Child, claim_port
+from triton_embeddings.server_binary import find_server, state_directory
+
+_LOOPBACK = "127.0.0.1"
+_POLL_INTERVAL_S = 0.1
+_SERVER_EXIT_TIMEOUT_S = 30
+# A model of several billion parameters takes minutes to read from a slow disk.
+_START_TIMEOUT_S = 1800
+_LOAD_ERROR = re.compile(r"failed to load '(?P<entry>[^']+)' version \d+: (?P<status>[^:]+): (?P<text>.*)")
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where things listen; the server on loopback only."""
+
+    host: str
+    port: int
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+
+    def claim(self) -> Addresses:
+        """The same with free ports for zeros. Raises CommandError for a taken port."""
+        return Addresses(
+            self.host,
+            claim_port(self.host, self.port, "--port"),
+            claim_port(_LOOPBACK, self.http_port, "--http-port"),
+            claim_port(_LOOPBACK, self.grpc_port, "--grpc-port"),
+            claim_port(_LOOPBACK, self.metrics_port, "--metrics-port"),
+        )
+
+    @property
+    def url(self) -> str:
+        """The gateway as a client on this machine reaches it."""
+        host = "localhost" if self.host in ("0.0.0.0", "::", _LOOPBACK) else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+class Stop:
+    """Set by Ctrl-C, SIGTERM or SIGHUP."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self._event.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits that long; whether it is time to stop."""
+        return self._event.wait(timeout_s)
+
+
+def launch(repository: Path, addresses: Addresses, console: Console, stop: Stop) -> None:
+    """Serves until it is told to stop. Raises CommandError when something does not start, or dies."""
+    check_packages()
+    server = find_server()
+    addresses = addresses.claim()
+    state = state_directory()
+    log = state / "log" / f"server-{addresses.grpc_port}.log"
+    log.parent.mkdir(exist_ok=True)
+    prefix = f"triton_embeddings_{os.getpid()}_"
+    with ExitStack() as stack:
+        stack.callback(_clear_shared_memory, prefix)
+        output = stack.enter_context(log.open("wb"))
+        command: list[str | Path] = [
+            server.path,
+            *server.arguments,
+            *_server_arguments(repository, addresses, prefix),
+        ]
+        # Not in the checkout: the Python backend puts the working directory before the installed packages.
+        triton = Child("tritonserver", command, server.environment, output, folder=state)
+        stack.callback(triton.stop, _SERVER_EXIT_TIMEOUT_S + 5)
+        gateway = Child(
+            "gateway", [sys.executable, "-m", "gateway"], _gateway_environment(addresses), folder=state
+        )
+        # Entered last, so left first: the gateway finishes its requests while the server still answers them.
+        stack.callback(gateway.stop, 35)
+        with _progress(console, f"loading the models with {server.path}"):
+            is_ready = _wait_until_ready(addresses, (triton, gateway), log, stop)
+        if is_ready:
+            _introduce(console, addresses, log)
+            _wait_for_the_end((triton, gateway), log, stop)
+            console.print("stopping: the gateway finishes its requests, then the server ends")
+
+
+def check_packages() -> None:
+    """Raises CommandError when another package of the same name hides one of ours."""
+    spec = importlib.util.find_spec("kernels")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    if not any((Path(place) / "packed_attention.py").is_file() for place in places):
+        raise CommandError(
+            "the package `kernels` of Hugging Face is installed and hides this project's own; "
+            "take it away with: pip uninstall kernels"
+        )
+
+
+def _server_arguments(repository: Path, addresses: Addresses, shared_memory_prefix: str) -> list[str]:
+    return [
+        f"--model-repository={repository.resolve()}",
+        # A model whose process died can only be brought back by unloading and loading it, which needs this
+        # mode.
+        "--model-control-mode=explicit",
+        "--load-model=*",
+        f"--http-address={_LOOPBACK}",
+        f"--http-port={addresses.http_port}",
+        f"--grpc-address={_LOOPBACK}",
+        f"--grpc-port={addresses.grpc_port}",
+        f"--metrics-address={_LOOPBACK}",
+        f"--metrics-port={addresses.metrics_port}",
+        f"--exit-timeout-secs={_SERVER_EXIT_TIMEOUT_S}",
+        f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix}",
+    ]
+
+
+def _gateway_environment(addresses: Addresses) -> dict[str, str]:
+    return {
+        **os.environ,
+        "GATEWAY_HOST": addresses.host,
+        "GATEWAY_PORT": str(addresses.port),
+        "GATEWAY_SERVER": f"{_LOOPBACK}:{addresses.grpc_port}",
+    }
+
+
+def _wait_until_ready(addresses: Addresses, children: Sequence[Child], log: Path, stop: Stop) -> bool:
+    """True when every model has answered, False when it was told to stop before that."""
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        _check_alive(children, log)
+        if _get(addresses, "/ready") is not None:
+            return True
+        if stop.wait(_POLL_INTERVAL_S):
+            return False
+    raise CommandError(f"the models did not answer within {_START_TIMEOUT_S} s; the server's log is {log}")
+
+
+def _wait_for_the_end(children: Sequence[Child], log: Path, stop: Stop) -> None:
+    while not stop.wait(_POLL_INTERVAL_S):
+        _check_alive(children, log)
+
+
+def _check_alive(children: Sequence[Child], log: Path) -> None:
+    for child in children:
+        if child.exit_code is not None:
+            raise CommandError(explain_exit(child.name, child.exit_code, log))
+
+
+def explain_exit(name: str, exit_code: int, log: Path) -> str:
+    """Why a child ended: of the server, the model that could not be loaded, if its log tells of one."""
+    if name == "tritonserver" and log.is_file():
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            found = _LOAD_ERROR.search(line)
+            if found:
+                text = found["text"].strip().rstrip('"')
+                model = found["entry"].rsplit(".", 1)[0]
+                return f"the model {model} cannot be loaded: {text}\nThe server's log is {log}"
+    return f"{name} ended with exit code {exit_code}; the server's log is {log}"
+
+
+def _get(addresses: Addresses, path: str) -> dict[str, Any] | None:
+    """The JSON of a 200 answer, None for any other or none."""
+    host = _LOOPBACK if addresses.host == "0.0.0.0" else "[::1]" if addresses.host == "::" else addresses.host
+    try:
+        with urllib.request.urlopen(f"http://{host}:{addresses.port}{path}", timeout=10) as answer:
+            content: dict[str, Any] = json.load(answer)
+            return content
+    except (urllib.error.URLError, OSError):
+        return None
+
+
+def _introduce(console: Console, addresses: Addresses, log: Path) -> None:
+    models = (_get(addresses, "/v1/models") or {"data": []})["data"]
+    table = Table("model", "tasks", "dimensions", "max tokens", box=None, padding=(0, 3, 0, 0))
+    for model in models:
+        table.add_row(
+            model["id"], ", ".join(model["tasks"]), str(model["dimensions"]), str(model["max_length"])
+        )
+    console.print(f"\n[bold green]ready[/] at {addresses.url}   (the API: {addresses.url}/docs)\n")
+    console.print(table)
+    name = json.dumps(models[0]["id"]) if models else '"MODEL"'
+    console.print("\ntry it:\n", highlight=False)
+    console.print(
+        f"  curl {addresses.url}/v1/embeddings -H 'Content-Type: application/json' "
+        f'-d \'{{"model": {name}, "input": "Hello, world"}}\'\n',
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+    console.print(
+        f"tritonserver: gRPC {_LOOPBACK}:{addresses.grpc_port}, HTTP "
+        f"{_LOOPBACK}:{addresses.http_port}; its log: {log}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print("Ctrl-C stops everything")
+
+
+@contextmanager
+def _progress(console: Console, text: str) -> Iterator[None]:
+    started = time.monotonic()
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(text, soft_wrap=True)
+        yield
+    console.print(f"{text}: {time.monotonic() - started:.1f} s", soft_wrap=True, highlight=False)
+
+
+def _clear_shared_memory(prefix: str) -> None:
+    """The server leaves its regions behind when it is killed."""
+    for region in _SHARED_MEMORY.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
