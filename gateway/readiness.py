@@ -63,7 +63,11 @@ class Readiness:
     async def watch(self) -> None:
         """Looks at the models for ever, more often while one of them does not answer."""
         while True:
-            await self._look()
+            try:
+                await self._look()
+            except Exception:
+                logger.exception("the look at the models failed")
+                self._reason = "an unexpected error; the gateway's log tells what it was"
             is_ready = self.report().is_ready
             await asyncio.sleep(self._interval_s if is_ready else min(_RETRY_INTERVAL_S, self._interval_s))
 

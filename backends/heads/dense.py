@@ -108,7 +108,8 @@ class DenseHead:
         if normalize is not None and not isinstance(normalize, bool):
             raise RequestError(ErrorCode.INVALID_INPUT, f"normalize is {normalize!r}; it takes true or false")
         wanted = parameters.get(RequestParameter.DIMENSIONS)
-        if wanted is not None and not (isinstance(wanted, int) and 1 <= wanted <= self.size):
+        is_number = isinstance(wanted, int) and not isinstance(wanted, bool)
+        if wanted is not None and not (is_number and 1 <= wanted <= self.size):
             raise RequestError(
                 ErrorCode.INVALID_DIMENSIONS, f"dimensions is {wanted}; this model takes 1 to {self.size}"
             )

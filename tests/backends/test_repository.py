@@ -1,0 +1,186 @@
+import dataclasses
+import json
+
+import pytest
+
+from backends.checkpoint import Checkpoint
+from backends.contract import StageSpec, TensorSpec
+from backends.errors import CheckpointError, OptionError
+from backends.options import ServingOptions
+from backends.repository.pbtxt import ensemble_config, parse, stage_config
+from backends.repository.pipeline import build_pipeline, check_wiring
+from backends.repository.writer import list_pipelines, remove, render, write
+from tests.support.checkpoints import sentence_transformer, write_json
+
+MEAN = {"pooling_mode": "mean"}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return sentence_transformer(tmp_path / "c", MEAN)
+
+
+def build(path, name="tiny", **options):
+    given = ServingOptions(**options)
+    return build_pipeline(name, str(path), Checkpoint.read(path, given.max_length), given)
+
+
+def stages(pipeline):
+    return {stage.stage: stage for stage in pipeline.stages}
+
+
+def test_the_text_parses_back_to_what_was_meant(path):
+    pipeline = build(
+        path, dtype="bfloat16", max_batch_size=7, instances=2, device="cuda:1", served_model_name="org/tiny"
+    )
+    ensemble = parse(ensemble_config(pipeline))
+    assert ensemble.platform == "ensemble"
+    assert ensemble.max_batch_size == 7
+    assert [step.model_name for step in ensemble.ensemble_scheduling.step] == [
+        "tiny.tokenizer",
+        "tiny.encoder",
+        "tiny.dense",
+    ]
+    assert [output.name for output in ensemble.output] == ["dense", "n_tokens", "truncated"]
+    parameters = {name: value.string_value for name, value in ensemble.parameters.items()}
+    assert parameters == {
+        "tasks": "embed",
+        "family": "bert",
+        "checkpoint": str(path),
+        "served_model_name": "org/tiny",
+        "dimensions": "32",
+        "max_length": "48",
+    }
+    encoder = parse(stage_config(pipeline, stages(pipeline)["encoder"]))
+    assert encoder.backend == "python"
+    assert encoder.max_batch_size == 7
+    assert encoder.HasField("dynamic_batching")
+    assert encoder.dynamic_batching.max_queue_delay_microseconds == 0
+    assert [(group.count, list(group.gpus)) for group in encoder.instance_group] == [(2, [1])]
+    assert all(tensor.allow_ragged_batch for tensor in encoder.input)
+    assert (
+        encoder.output[0].data_type
+        == encoder.output[0]
+        .DESCRIPTOR.fields_by_name["data_type"]
+        .enum_type.values_by_name["TYPE_BF16"]
+        .number
+    )
+    assert encoder.parameters["dtype"].string_value == "bfloat16"
+
+
+@pytest.mark.parametrize(("device", "kind"), [("auto", 0), ("cpu", 2), ("cuda", 1)])
+def test_the_device_becomes_a_kind_of_instance(path, device, kind):
+    pipeline = build(path, device=device)
+    assert parse(stage_config(pipeline, stages(pipeline)["encoder"])).instance_group[0].kind == kind
+    assert parse(stage_config(pipeline, stages(pipeline)["tokenizer"])).instance_group[0].kind == 2
+
+
+def test_unread_tensors_are_not_wired(path):
+    def mapped(pipeline):
+        step = parse(ensemble_config(pipeline)).ensemble_scheduling.step
+        return set(step[0].output_map), set(step[2].input_map)
+
+    assert mapped(build(path)) == ({"input_ids", "length", "n_tokens", "truncated"}, {"hidden", "length"})
+    write_json(path / "1_Pooling" / "config.json", {**MEAN, "include_prompt": False})
+    made, read = mapped(build(path))
+    assert "prompt_length" in made
+    assert "prompt_length" in read
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: dataclasses.replace(p, stages=p.stages[1:]),
+        lambda p: dataclasses.replace(p, outputs=(TensorSpec("length", "INT32", (-1,)),)),
+        lambda p: dataclasses.replace(p, outputs=(TensorSpec("nothing", "INT32", (-1,)),)),
+        lambda p: dataclasses.replace(
+            p, stages=(*p.stages, StageSpec("x", "x.X", (TensorSpec("hidden", "FP16", (-1, 32)),), ()))
+        ),
+    ],
+)
+def test_wrong_wiring_is_found_before_the_server_sees_it(path, change):
+    pipeline = build(path)
+    check_wiring(pipeline)
+    with pytest.raises(ValueError, match="tiny: "):
+        check_wiring(change(pipeline))
+
+
+def test_writes_lists_and_removes(tmp_path, path):
+    repository = tmp_path / "models"
+    write(repository, build(path, "a", dtype="float32"))
+    write(repository, build(path, "a.b"))
+    (repository / "README.md").write_text("kept")
+    assert [(e.name, e.checkpoint, e.options.dtype) for e in list_pipelines(repository)] == [
+        ("a", str(path), "float32"),
+        ("a.b", str(path), "auto"),
+    ]
+    remove(repository, "a")
+    assert sorted(p.name for p in repository.iterdir()) == [
+        "README.md",
+        "a.b",
+        "a.b.dense",
+        "a.b.encoder",
+        "a.b.tokenizer",
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "models"], (
+        "nothing is left beside the repository"
+    )
+
+
+def test_writing_again_replaces(tmp_path, path):
+    repository = tmp_path / "models"
+    write(repository, build(path, max_batch_size=3))
+    write(repository, build(path, max_batch_size=5))
+    for entry, text in render(build(path, max_batch_size=5)).items():
+        assert (repository / entry).read_text() == text
+
+
+def test_a_folder_in_the_way_is_not_touched(tmp_path, path):
+    repository = tmp_path / "models"
+    (repository / "tiny.dense").mkdir(parents=True)
+    (repository / "tiny.dense" / "mine").touch()
+    with pytest.raises(CheckpointError, match=r"tiny\.dense is in the way and belongs to no model"):
+        write(repository, build(path))
+    assert (repository / "tiny.dense" / "mine").exists()
+
+
+def test_removing_what_is_not_there_names_what_is(tmp_path, path):
+    repository = tmp_path / "models"
+    write(repository, build(path))
+    with pytest.raises(CheckpointError, match="has no model 'other'; it holds tiny"):
+        remove(repository, "other")
+
+
+def test_a_broken_config_names_its_file(tmp_path, path):
+    repository = tmp_path / "models"
+    write(repository, build(path))
+    (repository / "tiny" / "config.pbtxt").write_text("name: {")
+    with pytest.raises(CheckpointError, match=r"tiny/config\.pbtxt cannot be read"):
+        list_pipelines(repository)
+
+
+@pytest.mark.parametrize("name", ["a/b", "", ".hidden", "a b", "x" * 101])
+def test_names_that_are_no_folders_are_refused(path, name):
+    with pytest.raises(OptionError, match="cannot be used"):
+        build(path, name)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence", "mark"),
+    [
+        ({"architectures": ["BertForSequenceClassification"]}, {}, "ForSequenceClassification"),
+        ({}, {"model_type": "SparseEncoder"}, "SparseEncoder"),
+    ],
+)
+def test_checkpoints_for_other_tasks_are_not_served_as_embeddings_by_silence(path, config, sentence, mark):
+    content = json.loads((path / "config.json").read_text())
+    write_json(path / "config.json", {**content, **config})
+    write_json(path / "config_sentence_transformers.json", sentence)
+    with pytest.raises(CheckpointError, match=f"made for another task than dense embedding \\({mark}\\)"):
+        build(path)
+    assert build(path, task="dense_embedding").parameters["tasks"] == "embed"
+
+
+def test_an_unknown_task_lists_the_known_ones(path):
+    with pytest.raises(OptionError, match="task is 'RERANKER'; it takes DENSE_EMBEDDING"):
+        build(path, task="RERANKER")

@@ -1,0 +1,19 @@
+"""What every test may use."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import fake_pb_utils
+
+# The stages import the module that the server brings; this must be in place before any of them is imported.
+sys.modules.setdefault("triton_python_backend_utils", fake_pb_utils)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT

