@@ -26,6 +26,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_LFS_POINTER = b"version https://git-lfs"
 # The tokenizer's way to say that it knows no limit is a huge number (transformers' VERY_LARGE_INTEGER is
 # 1e30).
 _NO_LIMIT = 1_000_000_000
@@ -90,11 +91,7 @@ class Checkpoint:
         config = _read_json(transformer_path / "config.json", required=True)
         if not config.get("model_type"):
             raise CheckpointError(f"{transformer_path / 'config.json'} has no model_type")
-        if not any((transformer_path / name).is_file() for name in _WEIGHTS):
-            raise CheckpointError(
-                f"{transformer_path} has no weights; one of {', '.join(_WEIGHTS)} belongs there. "
-                "A download that was cut short, or a git clone without git-lfs, looks like this"
-            )
+        check_weights(transformer_path)
         if not any(
             (transformer_path / name).is_file()
             for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
@@ -122,6 +119,52 @@ class Checkpoint:
             max_length=_max_length(transformer_path, config, transformer, max_length),
             sentence_model_type=str(sentence.get("model_type") or "SentenceTransformer"),
             lowercases=bool(transformer.get("do_lower_case")),
+        )
+
+
+def check_weights(folder: Path) -> None:
+    """Finds what a broken download leaves behind, by the files' headers. Raises CheckpointError."""
+    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{folder} has no weights; one of {', '.join(_WEIGHTS)} belongs there. "
+            "A download that was cut short looks like this"
+        )
+    files = {found}
+    if found.name.endswith(".index.json"):
+        shards = set((_read_json(found).get("weight_map") or {}).values())
+        files = {folder / str(name) for name in shards}
+        missing = sorted(file.name for file in files if not file.is_file())
+        if missing or not files:
+            raise CheckpointError(
+                f"{found} names {len(missing)} files that are not there: {', '.join(missing[:3])}"
+            )
+    for file in sorted(files):
+        _check_weight_file(file)
+
+
+def _check_weight_file(file: Path) -> None:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(len(_LFS_POINTER))
+        if start == _LFS_POINTER:
+            raise CheckpointError(f"{file} is a git-lfs pointer, not the weights; run: git lfs pull")
+        if file.suffix != ".safetensors":
+            return
+        # A safetensors file: the header's length in 8 bytes, the header in JSON, the numbers.
+        length = int.from_bytes(start[:8], "little")
+        stream.seek(8)
+        try:
+            header = json.loads(stream.read(length)) if 0 < length <= size - 8 else None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            header = None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} is not a safetensors file, or was cut short ({size} bytes)")
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise CheckpointError(
+            f"{file} has {size} bytes, but its header tells of {expected}: download it again"
         )
 
 

@@ -28,7 +28,9 @@ from triton_embeddings.server_binary import find_server, state_directory
 
 _LOOPBACK = "127.0.0.1"
 _POLL_INTERVAL_S = 0.1
-_SERVER_EXIT_TIMEOUT_S = 30
+# The gateway is drained by then. With a model whose process died the server always waits for this long
+# (2.51).
+_SERVER_EXIT_TIMEOUT_S = 10
 # A model of several billion parameters takes minutes to read from a slow disk.
 _START_TIMEOUT_S = 1800
 _LOAD_ERROR = re.compile(r"failed to load '(?P<entry>[^']+)' version \d+: (?P<status>[^:]+): (?P<text>.*)")
@@ -178,10 +180,18 @@ def explain_exit(name: str, exit_code: int, log: Path) -> str:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             found = _LOAD_ERROR.search(line)
             if found:
-                text = found["text"].strip().rstrip('"')
                 model = found["entry"].rsplit(".", 1)[0]
-                return f"the model {model} cannot be loaded: {text}\nThe server's log is {log}"
-    return f"{name} ended with exit code {exit_code}; the server's log is {log}"
+                cause = _first_line(found["text"])
+                return f"the model {model} cannot be loaded: {cause} (the server's log: {log})"
+    return f"{name} ended with exit code {exit_code} (the server's log: {log})"
+
+
+def _first_line(text: str) -> str:
+    """The message inside a log line: the server escapes it, and puts the exception's class and place
+    around it.
+    """
+    first = text.strip().rstrip('"').split("\\n")[0].replace('\\"', '"')
+    return first.removeprefix("TritonModelException: ")
 
 
 def _get(addresses: Addresses, path: str) -> dict[str, Any] | None:

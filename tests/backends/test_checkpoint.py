@@ -95,6 +95,35 @@ def test_a_broken_checkpoint_names_the_file(tmp_path, harm, message):
     assert str(path) in str(caught.value)
 
 
+def write_index(*names):
+    def harm(path):
+        (path / "model.safetensors").unlink()
+        (path / "model-1.safetensors").write_bytes(b"x")
+        write_json(path / "model.safetensors.index.json", {"weight_map": {name: name for name in names}})
+
+    return harm
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "run: git lfs pull"),
+        (lambda file: file.write_bytes(b""), "is not a safetensors file, or was cut short"),
+        (lambda file: file.write_bytes(b"\x00" * 1000), "is not a safetensors file, or was cut short"),
+        (lambda file: file.write_bytes(b"\x04" + b"\x00" * 7 + b"{,,}"), "is not a safetensors file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-10]), "download it again"),
+        (lambda file: write_index("model-1.safetensors", "model-2.safetensors")(file.parent), "model-2"),
+        (lambda file: write_index("model-1.safetensors")(file.parent), "is not a safetensors file"),
+        (lambda file: write_index()(file.parent), "names 0 files"),
+    ],
+)
+def test_broken_weights_are_found_without_loading_them(tmp_path, harm, message):
+    path = bert(tmp_path / "c")
+    harm(path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.read(path)
+
+
 def test_no_tokenizer(tmp_path):
     path = bert(tmp_path / "c")
     for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):

@@ -1,0 +1,143 @@
+"""The command as a person types it, in the environment that scripts/setup made for users."""
+
+import socket
+import subprocess
+
+import pytest
+
+from backends.repository.pbtxt import parse
+from backends.repository.writer import list_pipelines
+from tests.conftest import ROOT
+from tests.support.checkpoints import bert, sentence_transformer, write_json
+from triton_embeddings import models
+
+COMMAND = ROOT / ".venv" / "bin" / "triton-embeddings"
+
+
+def run(*arguments, folder="/", **environment):
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment or None,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return sentence_transformer(tmp_path / "tiny", {"pooling_mode": "mean"})
+
+
+def test_add_list_remove(tmp_path, checkpoint):
+    repository = tmp_path / "models"
+    options = "--name mine --served-model-name org/mine --dtype fp32 --max-batch-size 9 --max-length 20"
+    added = run("add", "tiny", *options.split(), "--model-repository", repository, folder=tmp_path)
+    assert added.returncode == 0, added.stderr
+    assert added.stdout == f"added mine: bert, embed, 32 dimensions, 20 tokens, from {checkpoint}\n"
+    listed = run("list", "--model-repository", repository)
+    assert "mine" in listed.stdout
+    assert "org/mine" in (repository / "mine" / "config.pbtxt").read_text()
+    assert parse((repository / "mine.encoder" / "config.pbtxt").read_text()).max_batch_size == 9
+    removed = run("remove", "mine", "--model-repository", repository)
+    assert removed.stdout == "removed mine\n"
+    assert list(repository.iterdir()) == []
+    assert "has no models; add one with" in run("list", "--model-repository", repository).stdout
+
+
+def test_list_shows_the_default_model_from_any_folder(tmp_path):
+    listed = run("list", folder=tmp_path)
+    assert "all-MiniLM-L6-v2" in listed.stdout
+    assert "384" in listed.stdout
+
+
+def one_line_error(result, text):
+    assert result.returncode == 1, result.stdout
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert text in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["add", "serve"])
+@pytest.mark.parametrize(
+    ("harm", "options", "text"),
+    [
+        (lambda path: (path / "config.json").unlink(), [], "has no config.json"),
+        (lambda path: (path / "model.safetensors").unlink(), [], "has no weights"),
+        (
+            lambda path: write_json(path / "config.json", {"model_type": "gpt2", "hidden_size": 1}),
+            [],
+            "is a 'gpt2' model",
+        ),
+        (lambda path: None, ["--dtype", "int3"], "dtype is 'int3'; it takes one of"),
+        (lambda path: None, ["--device", "tpu"], "device is 'tpu'"),
+        (lambda path: None, ["--max-length", "100"], "has 64 positions; give at most 64"),
+        (lambda path: None, ["--TASK_TYPE", "RERANKER"], "task is 'RERANKER'; it takes"),
+        (lambda path: None, ["--model_type", "gpt2"], "is a 'gpt2' model"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_served_is_one_line(tmp_path, checkpoint, command, harm, options, text):
+    harm(checkpoint)
+    repository = ["--model-repository", tmp_path / "models"] if command == "add" else []
+    one_line_error(run(command, checkpoint, *options, *repository), text)
+
+
+def test_a_checkpoint_that_is_nowhere(tmp_path):
+    one_line_error(run("serve", "./nowhere", folder=tmp_path), "there is no directory ./nowhere")
+
+
+@pytest.mark.parametrize("flag", ["--port", "--http-port", "--grpc-port", "--metrics-port"])
+def test_a_taken_port_names_its_flag(flag):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        free = [
+            part
+            for other in ("--port", "--http-port", "--grpc-port", "--metrics-port")
+            for part in (other, 0)
+        ]
+        result = run("serve", *free, flag, port)
+    one_line_error(result, f"port {port} on 127.0.0.1 cannot be used (Address already in use)")
+    assert result.stderr.strip().endswith(f"or give another with {flag}")
+
+
+def test_an_empty_repository(tmp_path):
+    one_line_error(run("serve", "--model-repository", tmp_path / "none"), "has no models; add one with")
+
+
+def test_one_name_for_two_models(tmp_path, checkpoint):
+    other = bert(tmp_path / "other")
+    one_line_error(
+        run("serve", checkpoint, other, "--served-model-name", "x"), "names one model, but there are several"
+    )
+    one_line_error(run("serve", checkpoint, checkpoint), "have the same name")
+
+
+def served(repository, checkpoints, options, scratch):
+    """(name, options) of what would be served, and the repository that holds it."""
+    with models.served_repository(repository, checkpoints, options, scratch) as found:
+        return found, [(entry.name, entry.options) for entry in list_pipelines(found)]
+
+
+def test_a_given_checkpoint_is_served_alone(tmp_path, checkpoint):
+    repository, scratch = tmp_path / "models", tmp_path / "scratch"
+    models.add(repository, str(checkpoint), "kept", {})
+    found, ((name, options),) = served(repository, [str(checkpoint)], {"dtype": "float32"}, scratch)
+    assert (found, name, options.dtype) == (scratch, "tiny", "float32")
+    assert not scratch.exists(), "it is deleted afterwards"
+    assert [entry.name for entry in list_pipelines(repository)] == ["kept"]
+
+
+def test_options_win_over_those_a_model_was_added_with(tmp_path, checkpoint):
+    repository, scratch = tmp_path / "models", tmp_path / "scratch"
+    models.add(repository, str(checkpoint), "one", {"dtype": "bfloat16", "max_length": 20})
+    assert served(repository, [], {}, scratch)[0] == repository
+    found, ((name, options),) = served(repository, [], {"dtype": "float32"}, scratch)
+    assert (found, name, options.dtype, options.max_length) == (scratch, "one", "float32", 20)
+
+
+def test_rtp_llm_s_batch_size_is_in_texts_of_full_length(tmp_path, checkpoint):
+    models.add(tmp_path / "models", str(checkpoint), "one", {"max_context_batch_size": 20})
+    (entry,) = list_pipelines(tmp_path / "models")
+    assert entry.options.max_batch_tokens == 20 * 48

@@ -1,0 +1,110 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from triton_embeddings import server_binary
+from triton_embeddings.errors import CommandError
+from triton_embeddings.launch import explain_exit
+from triton_embeddings.process import Child, claim_port
+
+WRITE_PID = "import os, signal, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); "
+STUBBORN = WRITE_PID + "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+MILD = WRITE_PID + "time.sleep(600)"
+
+
+def wait_until(condition, timeout_s=20):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def is_alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def pid_in(file):
+    wait_until(lambda: file.exists() and file.read_text())
+    return int(file.read_text())
+
+
+def test_what_does_not_end_is_killed_with_its_children(tmp_path):
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {STUBBORN!r}, sys.argv[1]])"
+    child = Child("x", [sys.executable, "-c", script, str(tmp_path / "pid")], os.environ)
+    grandchild = pid_in(tmp_path / "pid")
+    child.stop(0.2)
+    assert child.exit_code is not None
+    wait_until(lambda: not is_alive(grandchild))
+
+
+def test_children_do_not_outlive_a_killed_parent(tmp_path):
+    script = (
+        "import os, sys, time; from triton_embeddings.process import Child; "
+        f"Child('x', [sys.executable, '-c', {MILD!r}, sys.argv[1]], os.environ); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "pid")])
+    child = pid_in(tmp_path / "pid")
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_until(lambda: not is_alive(child))
+
+
+def test_zero_is_any_free_port():
+    port = claim_port("127.0.0.1", 0, "--port")
+    assert port > 0
+    assert claim_port("127.0.0.1", port, "--port") == port
+
+
+def test_an_address_of_another_machine_is_explained():
+    with pytest.raises(CommandError, match=r"port 1 on 192\.0\.2\.1 cannot be used .* with --port"):
+        claim_port("192.0.2.1", 1, "--port")
+
+
+def test_the_server_s_log_tells_which_model_failed(tmp_path):
+    log = tmp_path / "server.log"
+    log.write_text(
+        "I1121 fine\n"
+        'E1121 1 model_lifecycle.cc:642] "failed to load '
+        "'org-x.y.encoder' version 1: Internal: TritonModelException: /m lacks 3 "
+        '\\"weights\\"\\n\\nAt:\\n /x.py(1)"\n'
+        "E1121 another\n"
+    )
+    text = explain_exit("tritonserver", 1, log)
+    assert text.startswith('the model org-x.y cannot be loaded: /m lacks 3 "weights" (the server')
+    assert str(log) in text
+    assert explain_exit("gateway", 3, log).startswith("gateway ended with exit code 3")
+
+
+def test_a_missing_libpython_names_the_package(monkeypatch):
+    monkeypatch.setattr(server_binary.Path, "is_file", lambda self: False)
+    with pytest.raises(
+        CommandError, match=r"libpython3\.\d+\.so\.1\.0 is missing.*apt-get install libpython3\.\d+"
+    ):
+        server_binary._libpython_folder()
+
+
+def test_without_any_server_the_way_to_one_is_told(monkeypatch):
+    monkeypatch.setattr(server_binary, "_installed_server", lambda: None)
+    monkeypatch.setattr(server_binary.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CommandError, match=r"pip install nvidia-pytriton==0\.7\.0"):
+        server_binary.find_server()
+
+
+def test_a_server_on_the_path_is_taken_and_our_own_command_is_not(tmp_path, monkeypatch):
+    for folder, content in (("ours", b"#!/usr/bin/env python3\n"), ("theirs", b"\x7fELF...")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tritonserver").write_bytes(content)
+        (tmp_path / folder / "tritonserver").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'ours'}:{tmp_path / 'theirs'}")
+    server = server_binary.find_server()
+    assert server.path == tmp_path / "theirs" / "tritonserver"
+    assert server.arguments == ()

