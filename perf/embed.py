@@ -3,16 +3,19 @@
     scripts/serve &
     .venv-test/bin/python perf/embed.py --reference
 
-Three loads: one client with one text (latency), 32 clients with one text each (the dynamic batcher), and 4 clients
-with 64 texts each (indexing). `--reference` runs sentence-transformers on the same texts in between, in the same minutes
-on the same machine: compare within one run only. Rows are added to perf/results/embed.csv.
+Three loads: one client with one text (latency), 32 clients with one text each (the dynamic batcher), and
+4 clients with 64 texts each (indexing). `--reference` runs sentence-transformers on the same texts in
+between, in the same minutes on the same machine: compare within one run only. Rows go to
+perf/results/embed.csv.
 """
 
 import argparse
 import asyncio
 import csv
 import datetime
+import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -101,17 +104,15 @@ def main() -> None:
 def report(rows: dict[str, list[tuple[float, float, float, float]]]) -> None:
     """Prints medians with their spread, and keeps them."""
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
-    machine = next(
-        (l.split(":")[1].strip() for l in open("/proc/cpuinfo") if "model name" in l), platform.machine()
-    )
+    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    machine = f"{processor[1] if processor else platform.machine()} x {len(os.sched_getaffinity(0))}"
     file = ROOT / "perf" / "results" / "embed.csv"
     is_new = not file.exists()
     with file.open("a", newline="") as stream:
         table = csv.writer(stream)
         if is_new:
-            table.writerow(
-                ["date", "commit", "machine", "load", "rounds", "texts_per_s", "texts_per_s_min", "texts_per_s_max", "tokens_per_s", "p50_ms", "p99_ms"]
-            )
+            speeds = ["texts_per_s", "texts_per_s_min", "texts_per_s_max", "tokens_per_s", "p50_ms", "p99_ms"]
+            table.writerow(["date", "commit", "machine", "load", "rounds", *speeds])
         for name, results in rows.items():
             texts, tokens, p50, p99 = (statistics.median(column) for column in zip(*results, strict=True))
             low, high = min(r[0] for r in results), max(r[0] for r in results)
