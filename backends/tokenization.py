@@ -115,11 +115,22 @@ class TextTokenizer:
 
         Raises RequestError, which names the first item at fault.
         """
+        self._check_prompt(settings.prompt)
         if settings.has_ids:
             return [self._from_ids(i, item, settings) for i, item in enumerate(items)]
         texts = [_decode(i, item) for i, item in enumerate(items)]
         rows = self._encode_texts([settings.prompt + text for text in texts], settings)
         return [self._wrap(i, *row, settings) for i, row in enumerate(rows)]
+
+    def _check_prompt(self, prompt: str) -> None:
+        """A prompt is never truncated: without its end it would be another one."""
+        is_too_long = len(prompt) > self.room * _MAX_CHARS_PER_TOKEN
+        if is_too_long or (prompt and len(self._prompt_ids(prompt)) >= self.room):
+            raise RequestError(
+                ErrorCode.INVALID_INPUT,
+                f"the prompt of {len(prompt)} characters leaves no room for a text: this model takes "
+                f"{self.max_length} tokens in all",
+            )
 
     def _encode_texts(self, texts: list[str], settings: TokenizerSettings) -> list[tuple[TokenIds, int]]:
         """(ids without special tokens, number of characters that were not looked at) of each text."""

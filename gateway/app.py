@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib.metadata
 import logging
 from collections.abc import AsyncIterator, Mapping
 
 from fastapi import FastAPI, Request, Response
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from gateway.catalog import Catalog
@@ -22,6 +24,7 @@ from gateway.wire import respond
 
 logger = logging.getLogger(__name__)
 
+_VERSION = importlib.metadata.version("triton-embeddings")
 _DESCRIPTION = (
     "Embedding models on NVIDIA Triton Inference Server. Point an OpenAI client's base_url at /v1; "
     "no API key is needed."
@@ -51,7 +54,14 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
             await watch
         await own.close()
 
-    app = FastAPI(title="triton-embeddings", description=_DESCRIPTION, version="0.1.0", lifespan=lifespan)
+    # FastAPI's own /docs is blank on a machine without the internet: it takes its scripts from a CDN.
+    app = FastAPIOffline(
+        title="triton-embeddings",
+        description=_DESCRIPTION,
+        version=_VERSION,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
     for name, dialect in DIALECTS.items():
         app.include_router(dialect.router, tags=[name])
     app.add_exception_handler(GatewayError, _answer_error)

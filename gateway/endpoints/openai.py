@@ -91,6 +91,8 @@ async def list_models(request: Request) -> Response:
 @router.get("/v1/models/{model:path}", summary="Describe one model")
 async def retrieve_model(request: Request, model: str) -> Response:
     """One model by its id, which may hold slashes."""
+    if not model:
+        return await list_models(request)
     own = services(request)
     return respond(_describe(await own.catalog.find(model), own.readiness.started_at))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from triton_embeddings import models
 from triton_embeddings.errors import CommandError
 from triton_embeddings.flags import rewrite
 from triton_embeddings.launch import Addresses, Stop, launch
-from triton_embeddings.server_binary import state_directory
+from triton_embeddings.server_binary import scratch_directory
 
 app = typer.Typer(
     help="Serve embedding models on NVIDIA Triton Inference Server.",
@@ -168,11 +167,10 @@ def serve(
 ) -> None:
     """Start tritonserver and the gateway, and serve until Ctrl-C."""
     options = _given(locals())
-    stop = Stop()
+    addresses = Addresses(host, port, http_port, grpc_port, metrics_port).claim()
     repository = model_repository or models.default_repository()
-    scratch = state_directory() / f"repository-{os.getpid()}"
-    with models.served_repository(repository, checkpoints or [], options, scratch) as served:
-        launch(served, Addresses(host, port, http_port, grpc_port, metrics_port), console, stop)
+    with models.served_repository(repository, checkpoints or [], options, scratch_directory()) as served:
+        launch(served, addresses, console, Stop())
 
 
 _OPTIONS = (

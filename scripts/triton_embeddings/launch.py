@@ -84,7 +84,6 @@ def launch(repository: Path, addresses: Addresses, console: Console, stop: Stop)
     """Serves until it is told to stop. Raises CommandError when something does not start, or dies."""
     check_packages()
     server = find_server()
-    addresses = addresses.claim()
     state = state_directory()
     log = state / "log" / f"server-{addresses.grpc_port}.log"
     log.parent.mkdir(exist_ok=True)

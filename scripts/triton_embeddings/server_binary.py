@@ -18,6 +18,7 @@ from pathlib import Path
 from triton_embeddings.errors import CommandError
 
 _CONTAINER = Path("/opt/tritonserver/bin/tritonserver")
+_SCRATCH = "repository-"
 _ELF = b"\x7fELF"
 _LOOPBACK = "127.0.0.1"
 
@@ -66,6 +67,15 @@ def state_directory() -> Path:
         outside.mkdir(mode=0o700, parents=True, exist_ok=True)
         return outside
     return inside
+
+
+def scratch_directory() -> Path:
+    """A folder's path for this process alone. What processes left behind that were killed is deleted first."""
+    state = state_directory()
+    for left in state.glob(f"{_SCRATCH}*"):
+        if not Path(f"/proc/{left.name.removeprefix(_SCRATCH)}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return state / f"{_SCRATCH}{os.getpid()}"
 
 
 def main() -> None:

@@ -106,16 +106,10 @@ def test_without_modules_json(tmp_path):
 @pytest.mark.parametrize("mode", FLAGS)
 @pytest.mark.parametrize("prompt", ["query", "long"])
 def test_prompts_can_be_left_out_of_the_pooling(tmp_path, mode, prompt):
-    prompts = {"query": "query: ", "long": "x " * 60}
+    # The long one leaves room for one token of the text.
+    prompts = {"query": "query: ", "long": "x " * 45}
     pooling = {"pooling_mode": mode, "include_prompt": False}
     path = sentence_transformer(tmp_path / "c", pooling, sentence={"prompts": prompts})
-    if prompt == "long":
-        # The prompt fills the window; sentence-transformers pools nothing then. The last token stays, so that
-        # the vector is one.
-        vectors = embed(path, ["abc"], {"prompt_name": prompt})
-        assert np.isfinite(vectors).all()
-        assert np.linalg.norm(vectors) == pytest.approx(1, abs=1e-5)
-        return
     texts = ["value", "what is the value of this class?", "a b c"]
     got = embed(path, texts, {"prompt_name": prompt})
     np.testing.assert_allclose(got, reference(path, texts, prompt_name=prompt), atol=1e-5, rtol=1e-5)

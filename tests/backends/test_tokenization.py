@@ -123,6 +123,14 @@ def test_prompts(tiny):
     assert "'query', 'other'" in failure.message
 
 
+@pytest.mark.parametrize("length", [8, 1_000_000])
+def test_a_prompt_that_leaves_no_room_is_refused(tiny, length):
+    tokenizer = TextTokenizer(tiny, 10)
+    assert len(encode(tokenizer, "abc", prompt="x " * 7, truncation="right")[0].ids) == 10
+    failure = refusal(tokenizer, "abc", prompt="x " * length, truncation="right")
+    assert f"the prompt of {2 * length} characters leaves no room for a text" in failure.message
+
+
 def test_the_default_prompt_is_used_and_can_be_left_out(tmp_path):
     sentence = {**PROMPTS, "default_prompt_name": "query"}
     tokenizer = TextTokenizer(
