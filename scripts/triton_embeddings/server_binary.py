@@ -70,7 +70,7 @@ def state_directory() -> Path:
 
 
 def scratch_directory() -> Path:
-    """A folder's path for this process alone. What processes left behind that were killed is deleted first."""
+    """A folder's path for this process alone. What killed processes left behind is deleted first."""
     state = state_directory()
     for left in state.glob(f"{_SCRATCH}*"):
         if not Path(f"/proc/{left.name.removeprefix(_SCRATCH)}").exists():

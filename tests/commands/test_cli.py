@@ -14,7 +14,13 @@ from triton_embeddings import models
 COMMAND = ROOT / ".venv" / "bin" / "triton-embeddings"
 
 
+PORT_FLAGS = ("--port", "--http-port", "--grpc-port", "--metrics-port")
+
+
 def run(*arguments, folder="/", **environment):
+    """Ports of `serve` are any free ones: what else is served on this machine does not matter."""
+    if arguments[0] == "serve":
+        arguments = ["serve", *(f"{flag}=0" for flag in PORT_FLAGS), *arguments[1:]]
     return subprocess.run(
         [COMMAND, *map(str, arguments)],
         capture_output=True,
@@ -88,16 +94,11 @@ def test_a_checkpoint_that_is_nowhere(tmp_path):
     one_line_error(run("serve", "./nowhere", folder=tmp_path), "there is no directory ./nowhere")
 
 
-@pytest.mark.parametrize("flag", ["--port", "--http-port", "--grpc-port", "--metrics-port"])
+@pytest.mark.parametrize("flag", PORT_FLAGS)
 def test_a_taken_port_names_its_flag(flag):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        free = [
-            part
-            for other in ("--port", "--http-port", "--grpc-port", "--metrics-port")
-            for part in (other, 0)
-        ]
-        result = run("serve", *free, flag, port)
+        result = run("serve", flag, port)
     one_line_error(result, f"port {port} on 127.0.0.1 cannot be used (Address already in use)")
     assert result.stderr.strip().endswith(f"or give another with {flag}")
 
