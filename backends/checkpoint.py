@@ -64,6 +64,10 @@ class Checkpoint:
     """config_sentence_transformers.json's model_type: SentenceTransformer, CrossEncoder,
     SparseEncoder, ColBERT ...
     """
+    truncate_dim: int | None
+    """How many components of an embedding the checkpoint lets out; None is all."""
+    tokenizer_config: Mapping[str, Any]
+    """tokenizer_config.json."""
     lowercases: bool
     """Whether sentence-transformers lower-cases texts before the tokenizer's own normaliser does its work."""
 
@@ -86,11 +90,22 @@ class Checkpoint:
 
         `max_length` lowers the checkpoint's own limit; it cannot raise it over what the positions allow.
         """
+        try:
+            return cls._read(path, max_length)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"the configuration files in {path} are not in the published layout: {error!r}"
+            ) from error
+
+    @classmethod
+    def _read(cls, path: Path, max_length: int | None) -> Checkpoint:
         declared = _declared_modules(path)
         transformer_path = path / declared[0][1] if declared else path
         config = _read_json(transformer_path / "config.json", required=True)
-        if not config.get("model_type"):
-            raise CheckpointError(f"{transformer_path / 'config.json'} has no model_type")
+        if not isinstance(config.get("architectures") or [], list):
+            raise CheckpointError(f"{transformer_path / 'config.json'}: architectures is no list")
+        if not isinstance(config.get("hidden_size"), int):
+            raise CheckpointError(f"{transformer_path / 'config.json'} has no hidden_size")
         check_weights(transformer_path)
         if not any(
             (transformer_path / name).is_file()
@@ -101,6 +116,8 @@ class Checkpoint:
             (found for name in _TRANSFORMER_CONFIGS if (found := _read_json(transformer_path / name))), {}
         )
         sentence = _read_json(path / "config_sentence_transformers.json")
+        if not all(isinstance(text, str) for text in (sentence.get("prompts") or {}).values()):
+            raise CheckpointError(f"{path / 'config_sentence_transformers.json'}: prompts must be texts")
         prompts = {name: text for name, text in (sentence.get("prompts") or {}).items() if text}
         default_prompt_name = sentence.get("default_prompt_name")
         if default_prompt_name is not None and default_prompt_name not in (sentence.get("prompts") or {}):
@@ -118,6 +135,8 @@ class Checkpoint:
             default_prompt_name=default_prompt_name if default_prompt_name in prompts else None,
             max_length=_max_length(transformer_path, config, transformer, max_length),
             sentence_model_type=str(sentence.get("model_type") or "SentenceTransformer"),
+            truncate_dim=None if sentence.get("truncate_dim") is None else int(sentence["truncate_dim"]),
+            tokenizer_config=_read_json(transformer_path / "tokenizer_config.json"),
             lowercases=bool(transformer.get("do_lower_case")),
         )
 
@@ -160,7 +179,8 @@ def _check_weight_file(file: Path) -> None:
             header = None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} is not a safetensors file, or was cut short ({size} bytes)")
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    entries = [entry for name, entry in header.items() if name != "__metadata__"]
+    ends = [entry["data_offsets"][1] for entry in entries if isinstance(entry, dict)]
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise CheckpointError(
@@ -191,7 +211,7 @@ def _declared_modules(path: Path) -> list[tuple[str, str, str]]:
         return []
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-        declared = [(e["type"].rsplit(".", 1)[-1], e.get("path", ""), e["type"]) for e in entries]
+        declared = [(e["type"].rsplit(".", 1)[-1], e.get("path") or "", e["type"]) for e in entries]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is not a list of modules with a type and a path: {error!r}") from error
     if not declared or declared[0][0] != "Transformer":

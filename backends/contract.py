@@ -70,6 +70,7 @@ class PipelineParameter(StrEnum):
     SERVED_MODEL_NAME = "served_model_name"
     DIMENSIONS = "dimensions"
     MAX_LENGTH = "max_length"
+    MAX_BATCH_TOKENS = "max_batch_tokens"
 
 
 TRUNCATIONS = ("error", "right", "left")
@@ -81,6 +82,7 @@ class ErrorCode(StrEnum):
     INVALID_INPUT = "invalid_input"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     INVALID_TOKEN_ID = "invalid_token_id"
+    INVALID_PROMPT = "invalid_prompt"
     UNKNOWN_PROMPT = "unknown_prompt"
     INVALID_DIMENSIONS = "invalid_dimensions"
     INTERNAL = "internal"

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from backends.errors import CheckpointError
 from backends.families.base import Family
@@ -92,13 +93,13 @@ def choose_forward(load: Loader, family: Family, config: dict[str, Any], name: s
     Raises CheckpointError when the model fails both. `name` stands in the messages.
     """
     register_attention()
-    packed = PackedForward(load(packed_attention.NAME), family, config)
+    packed = PackedForward(_load(load, packed_attention.NAME, name), family, config)
     fault = _packed_fault(packed)
     if fault is None:
         packed.attention_calls = 0
         return packed
     logger.warning("%s cannot run packed (%s): it runs padded, which is slower", name, fault)
-    padded = PaddedForward(load(None), family, config)
+    padded = PaddedForward(_load(load, None, name), family, config)
     error = _self_check(padded)
     if not error <= _tolerance(padded.model):
         raise CheckpointError(
@@ -137,6 +138,14 @@ def register_attention() -> None:
 
     # No mask function is registered under this name: that is what makes every attention mask None.
     AttentionInterface.register(packed_attention.NAME, packed_attention.packed_attention)
+
+
+def _load(load: Loader, attention: str | None, name: str) -> torch.nn.Module:
+    try:
+        return load(attention)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"the weights of {name} cannot be loaded: {first_line}") from error
 
 
 def _packed_fault(forward: PackedForward) -> str | None:

@@ -46,7 +46,7 @@ class ServingOptions:
     task: str | None = None
     """What the checkpoint is for, where it does not say itself."""
     model_type: str | None = None
-    """Overrides config.json's model_type."""
+    """The architecture, where config.json does not name it."""
     trust_remote_code: bool = False
     """Whether code that a checkpoint brings may run."""
 

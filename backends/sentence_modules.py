@@ -31,6 +31,8 @@ class Pooling:
         lasttoken looks at the last token all the same, and weightedmean keeps the weights of the original
         positions.
         """
+        if not hidden.lengths.all():
+            raise ValueError("a sequence without tokens has no embedding")
         if prompt_length is None:
             return self._pool(hidden, hidden, 0)
         skipped = torch.clamp(prompt_length.to(torch.int64), max=torch.from_numpy(hidden.lengths) - 1)

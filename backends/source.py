@@ -70,7 +70,9 @@ def resolve(reference: str) -> Path:
 
 def default_name(checkpoint: str) -> str:
     """A pipeline's name when a person gives none: the last part of what was typed."""
-    last = checkpoint.split("@")[0].rstrip("/").split("/")[-1].split(":")[-1]
+    is_hub_id = checkpoint.startswith(HUB) or not Path(checkpoint).expanduser().exists()
+    path = checkpoint.split("@")[0] if is_hub_id else checkpoint
+    last = path.rstrip("/").split("/")[-1].split(":")[-1]
     if last in ("", ".", ".."):
         last = Path(checkpoint).resolve().name
     return re.sub(r"[^A-Za-z0-9._-]", "-", last)
@@ -100,7 +102,7 @@ def _hub_reference(hub_id: str) -> str:
 def _snapshot(hub_id: str, *, local_files_only: bool = False) -> Path:
     # Imported here: most checkpoints are directories, and the import costs a quarter of a second.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     repository, _, revision = hub_id.partition("@")
     try:
@@ -114,7 +116,9 @@ def _snapshot(hub_id: str, *, local_files_only: bool = False) -> Path:
         if local_files_only:
             return _snapshot(hub_id)
         raise _unavailable(repository, error) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # the hub's client lets the errors of its HTTP library through, which has several
         raise _unavailable(repository, error) from error
     return Path(path)
 

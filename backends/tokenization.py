@@ -77,7 +77,7 @@ def _prompt(parameters: Mapping[str, Any], checkpoint: Checkpoint) -> str:
     literal = parameters.get(RequestParameter.PROMPT)
     if literal is not None:
         if not isinstance(literal, str):
-            raise RequestError(ErrorCode.INVALID_INPUT, f"prompt is {literal!r}; it takes a string")
+            raise RequestError(ErrorCode.INVALID_PROMPT, f"prompt is {literal!r}; it takes a string")
         return literal
     name = parameters.get(RequestParameter.PROMPT_NAME, checkpoint.default_prompt_name)
     if name is None:
@@ -127,7 +127,7 @@ class TextTokenizer:
         is_too_long = len(prompt) > self.room * _MAX_CHARS_PER_TOKEN
         if is_too_long or (prompt and len(self._prompt_ids(prompt)) >= self.room):
             raise RequestError(
-                ErrorCode.INVALID_INPUT,
+                ErrorCode.INVALID_PROMPT,
                 f"the prompt of {len(prompt)} characters leaves no room for a text: this model takes "
                 f"{self.max_length} tokens in all",
             )
@@ -174,14 +174,13 @@ class TextTokenizer:
         return self._wrap(index, np.concatenate([prompt, ids]), 0, settings)
 
     def _without_special_tokens(self, ids: TokenIds) -> TokenIds:
-        """Clients send ids with or without the model's special tokens; they are put on once."""
-        prefix, suffix = self.prefix, self.suffix
-        has_both = (
-            len(ids) >= len(prefix) + len(suffix)
-            and ids[: len(prefix)].tolist() == prefix.tolist()
-            and ids[len(ids) - len(suffix) :].tolist() == suffix.tolist()
-        )
-        return ids[len(prefix) : len(ids) - len(suffix)] if has_both else ids
+        """Clients send ids with or without the model's special tokens, which are put on once."""
+        before, behind = len(self.prefix), len(self.suffix)
+        if before and ids[:before].tolist() == self.prefix.tolist():
+            ids = ids[before:]
+        if behind and ids[-behind:].tolist() == self.suffix.tolist():
+            ids = ids[:-behind]
+        return ids
 
     def _wrap(self, index: int, ids: TokenIds, unread: int, settings: TokenizerSettings) -> Tokens:
         """Truncates, and puts the special tokens on. `unread` characters of the text have no ids."""
@@ -199,6 +198,10 @@ class TextTokenizer:
             kept = prompt[: self.room - 1]
             ids = np.concatenate([np.array(kept, np.int32), ids[len(ids) - self.room + len(kept) :]])
         whole = np.concatenate([self.prefix, ids[: self.room], self.suffix])
+        if not len(whole):
+            raise RequestError(
+                ErrorCode.INVALID_INPUT, "the text has no tokens at all; send some letters", index
+            )
         prompt_length = len(self.prefix) + len(prompt) if prompt else 0
         return Tokens(whole, min(prompt_length, len(whole)), is_over)
 
@@ -269,13 +272,46 @@ def _has_lowercase(state: Mapping[str, Any]) -> bool:
 
 
 def _special_tokens(tokenizer: Tokenizer, checkpoint: Checkpoint) -> tuple[TokenIds, TokenIds]:
+    """What stands before and behind a text.
+
+    The post-processor of tokenizer.json says so, but not always the whole of it: add_bos_token and
+    add_eos_token of tokenizer_config.json count too (E5-Mistral and gte-Qwen2 lose their last token
+    otherwise), and a BERT tokenizer without a post-processor has [CLS] and [SEP] all the same. *Source:*
+    transformers 5.23's BertTokenizer.
+    """
+    prefix, suffix = _template_tokens(tokenizer, checkpoint)
+    config = checkpoint.tokenizer_config
+
+    def id_of(name: str) -> int | None:
+        token = config.get(name)
+        return (
+            tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
+        )
+
+    first, last = id_of("bos_token"), id_of("eos_token")
+    if config.get("add_bos_token") and first is not None and prefix[:1] != [first]:
+        prefix = [first, *prefix]
+    if config.get("add_eos_token") and last is not None and suffix[-1:] != [last]:
+        suffix = [*suffix, last]
+    if not prefix and not suffix and tokenizer.post_processor is None and _is_wordpiece(tokenizer):
+        cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+        if cls is not None and sep is not None:
+            prefix, suffix = [cls], [sep]
+    return np.array(prefix, np.int32), np.array(suffix, np.int32)
+
+
+def _is_wordpiece(tokenizer: Tokenizer) -> bool:
+    return type(tokenizer.model).__name__ == "WordPiece"
+
+
+def _template_tokens(tokenizer: Tokenizer, checkpoint: Checkpoint) -> tuple[list[int], list[int]]:
     """What the post-processor puts before and behind a text."""
     probe = "a"
     bare = tokenizer.encode(probe, add_special_tokens=False).ids
     whole = tokenizer.encode(probe, add_special_tokens=True).ids
     for start in range(len(whole) - len(bare) + 1):
         if bare and whole[start : start + len(bare)] == bare:
-            return np.array(whole[:start], np.int32), np.array(whole[start + len(bare) :], np.int32)
+            return whole[:start], whole[start + len(bare) :]
     raise CheckpointError(
         f"{checkpoint.transformer_path}/tokenizer.json: its post-processor changes the text's own tokens, "
         f"which is not served ({json.dumps(bare)} became {json.dumps(whole)})"

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from gateway.catalog import Catalog
 from gateway.endpoints import DEFAULT_DIALECT, DIALECTS
@@ -42,13 +43,12 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         # Made here: the gRPC channel belongs to the event loop that runs now.
         own = inference or GrpcInference(settings.server, settings.request_timeout_s)
         catalog = Catalog(own)
-        readiness = Readiness(own, catalog, settings.canary_interval_s)
+        readiness = Readiness(own, catalog, settings.canary_interval_s, settings.patience_s)
         app.state.services = Services(settings, own, catalog, readiness)
         watch = asyncio.create_task(readiness.watch())
         # What lives by now lives for ever: without it, collections of old objects double the 99th percentile.
         gc.freeze()
         yield
-        readiness.is_draining = True
         watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watch
@@ -65,6 +65,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     for name, dialect in DIALECTS.items():
         app.include_router(dialect.router, tags=[name])
     app.add_exception_handler(GatewayError, _answer_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_unknown)
     return app
@@ -85,6 +86,11 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
         else error.detail
     )
     return _respond(request, BadRequest(text, code="not_found"), error.status_code, error.headers)
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """A client that left while it was still sending: nothing is wrong here, and nobody reads this."""
+    return Response(status_code=499)
 
 
 async def _answer_unknown(request: Request, error: Exception) -> Response:

@@ -57,6 +57,8 @@ class Pipeline:
     """Tokens of one text."""
     max_batch_size: int
     """Texts of one server request."""
+    max_batch_tokens: int
+    """Tokens of one forward pass of the encoder."""
 
 
 class Inference(Protocol):
@@ -109,7 +111,7 @@ class GrpcInference:
     async def infer(
         self, pipeline: Pipeline, items: Sequence[bytes], outputs: Sequence[str], parameters: Parameters
     ) -> dict[str, Array]:
-        parts = _cut(items, pipeline.max_batch_size)
+        parts = _cut(items, pipeline)
         answers = await asyncio.gather(
             *(self._infer_part(pipeline, [items[i] for i in part], outputs, parameters) for part in parts),
             return_exceptions=True,
@@ -120,7 +122,6 @@ class GrpcInference:
         if failures:
             # Of several refused items the client is told the first, whichever server request came back first.
             raise min(failures, key=_first_item)
-        self._last_success[pipeline.name] = time.monotonic()
         merged: dict[str, Array] = {}
         for name in outputs:
             rows = [answer[name] for answer in answers if not isinstance(answer, BaseException)]
@@ -149,6 +150,7 @@ class GrpcInference:
             )
         except InferenceServerException as error:
             raise self._explain(error, pipeline.served_model_name) from error
+        self._last_success[pipeline.name] = time.monotonic()
         return {name: result.as_numpy(name) for name in outputs}
 
     def last_success(self, pipeline: Pipeline) -> float | None:
@@ -191,6 +193,7 @@ def _pipeline(config: Any) -> Pipeline:
         dimensions=None if dimensions is None else int(dimensions),
         max_length=int(parameters[PipelineParameter.MAX_LENGTH]),
         max_batch_size=config.max_batch_size,
+        max_batch_tokens=int(parameters[PipelineParameter.MAX_BATCH_TOKENS]),
     )
 
 
@@ -198,14 +201,25 @@ def _status(code: grpc.StatusCode) -> str:
     return f"StatusCode.{code.name}"
 
 
-def _cut(items: Sequence[bytes], max_batch_size: int) -> list[list[int]]:
-    """Indices of the items of each server request: of about one size, so that none waits for a much
-    longer one.
+def _cut(items: Sequence[bytes], pipeline: Pipeline) -> list[list[int]]:
+    """Indices of the items of each server request: of about one size, so that none waits for a much longer
+    one.
+
+    Within the model's batch size, and within its token budget as far as bytes tell: a token of natural text
+    has two bytes and more.
     """
-    if len(items) <= max_batch_size:
+    sizes = [min(len(item) // 2 + 2, pipeline.max_length) for item in items]
+    if len(items) <= pipeline.max_batch_size and sum(sizes) <= pipeline.max_batch_tokens:
         return [list(range(len(items)))]
-    order = sorted(range(len(items)), key=lambda i: len(items[i]))
-    return [order[start : start + max_batch_size] for start in range(0, len(order), max_batch_size)]
+    parts: list[list[int]] = []
+    total = 0
+    for i in sorted(range(len(items)), key=lambda i: len(items[i])):
+        total += sizes[i]
+        if not parts or len(parts[-1]) == pipeline.max_batch_size or total > pipeline.max_batch_tokens:
+            parts.append([])
+            total = sizes[i]
+        parts[-1].append(i)
+    return parts
 
 
 def _place(error: BaseException, part: Sequence[int]) -> BaseException:

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 _CANARY = b"ready?"
 # How soon a model that does not answer is asked again.
 _RETRY_INTERVAL_S = 0.25
-# A model is believed for this many intervals after its last answer.
-_PATIENCE = 3
+# A list of models takes milliseconds.
+_LIST_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Report:
 
     models: Mapping[str, str | None]
     """By name: why a model does not answer, or None when it does."""
+    failed: frozenset[str]
+    """Those among them that gave an error, rather than no answer yet."""
     reason: str | None
     """Why nothing can be said of any model, such as a server that cannot be reached."""
 
@@ -43,44 +45,68 @@ class Report:
 class Readiness:
     """Runs for the lifetime of the gateway."""
 
-    def __init__(self, inference: Inference, catalog: Catalog, interval_s: float) -> None:
+    def __init__(self, inference: Inference, catalog: Catalog, interval_s: float, patience_s: float) -> None:
+        """A model without traffic is asked every `interval_s`, and believed for `patience_s` after its last
+        answer.
+
+        The patience is for models that are busy: a canary waits in the same queue as everybody's work.
+        """
         self._inference = inference
         self._catalog = catalog
         self._interval_s = interval_s
+        self._patience_s = patience_s
         self._reason: str | None = "no model was looked at yet"
         self._failures: dict[str, str] = {}
-        self.is_draining = False
+        self._canaries: dict[str, asyncio.Task[None]] = {}
         self.started_at = int(time.time())
         """Seconds since 1970."""
 
     def report(self) -> Report:
         """The state as known by now; asks nobody."""
-        if self.is_draining:
-            return Report({}, "the gateway is stopping")
-        models = {p.served_model_name: self._fault(p) for p in self._catalog.pipelines}
-        return Report(models, self._reason)
+        models: dict[str, str | None] = {}
+        for pipeline in self._catalog.pipelines:
+            name = pipeline.served_model_name
+            models[name] = models.get(name) or self._fault(pipeline)
+        failed = {p.served_model_name for p in self._catalog.pipelines if p.name in self._failures}
+        return Report(models, frozenset(failed), self._reason)
 
     async def watch(self) -> None:
         """Looks at the models for ever, more often while one of them does not answer."""
-        while True:
-            try:
+        try:
+            while True:
                 await self._look()
-            except Exception:
-                logger.exception("the look at the models failed")
-                self._reason = "an unexpected error; the gateway's log tells what it was"
-            is_ready = self.report().is_ready
-            await asyncio.sleep(self._interval_s if is_ready else min(_RETRY_INTERVAL_S, self._interval_s))
+                is_ready = self.report().is_ready
+                await asyncio.sleep(
+                    self._interval_s if is_ready else min(_RETRY_INTERVAL_S, self._interval_s)
+                )
+        finally:
+            for canary in self._canaries.values():
+                canary.cancel()
 
     async def _look(self) -> None:
+        """Refreshes the list of models, and sends a canary to each that has none under way: none
+        waits for another.
+        """
+        reason = None
         try:
-            pipelines = await self._catalog.refresh()
+            async with asyncio.timeout(_LIST_TIMEOUT_S):
+                pipelines = await self._catalog.refresh()
+            if not pipelines:
+                reason = "the server has no models; add one with: triton-embeddings add"
+            for pipeline in pipelines:
+                running = self._canaries.get(pipeline.name)
+                if running is None or running.done():
+                    self._canaries[pipeline.name] = asyncio.create_task(self._ask(pipeline))
         except GatewayError as error:
-            if self._reason is None:
-                logger.warning("%s", error.message)
-            self._reason = error.message
-            return
-        self._reason = None if pipelines else "the server has no models; add one with: triton-embeddings add"
-        await asyncio.gather(*(self._ask(pipeline) for pipeline in pipelines))
+            reason = error.message
+        except TimeoutError:
+            reason = f"the inference server did not list its models within {_LIST_TIMEOUT_S:g} s"
+        except Exception:
+            logger.exception("the look at the models failed")
+            reason = "an unexpected error; the gateway's log tells what it was"
+        if reason is not None and self._reason is None:
+            logger.warning("%s", reason)
+        self._reason = reason
 
     async def _ask(self, pipeline: Pipeline) -> None:
         last = self._inference.last_success(pipeline)
@@ -89,11 +115,17 @@ class Readiness:
             return
         outputs = [name for task in sorted(pipeline.tasks) for name in TASK_OUTPUTS[task]]
         try:
-            await self._inference.infer(pipeline, [_CANARY], outputs, {RequestParameter.TRUNCATION: "right"})
-        except GatewayError as error:
+            async with asyncio.timeout(self._patience_s):
+                await self._inference.infer(
+                    pipeline, [_CANARY], outputs, {RequestParameter.TRUNCATION: "right"}
+                )
+        except (GatewayError, TimeoutError) as error:
+            reason = (
+                error.message if isinstance(error, GatewayError) else f"no answer in {self._patience_s:g} s"
+            )
             if pipeline.name not in self._failures:
-                logger.warning("%s does not answer: %s", pipeline.served_model_name, error.message)
-            self._failures[pipeline.name] = error.message
+                logger.warning("%s does not answer: %s", pipeline.served_model_name, reason)
+            self._failures[pipeline.name] = reason
         else:
             if self._failures.pop(pipeline.name, None) is not None:
                 logger.info("%s answers again", pipeline.served_model_name)
@@ -105,4 +137,4 @@ class Readiness:
         if last is None:
             return "it has not answered yet"
         age = time.monotonic() - last
-        return None if age < _PATIENCE * self._interval_s else f"its last answer was {age:.0f} s ago"
+        return None if age < self._patience_s else f"its last answer was {age:.0f} s ago"

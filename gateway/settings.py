@@ -19,9 +19,13 @@ class Settings(BaseSettings):
     """Larger request bodies are refused with 413."""
     max_items: int = Field(2048, ge=1)
     """Inputs of one request; OpenAI's own limit."""
+    max_token_ids: int = Field(1_000_000, ge=1)
+    """Token ids of one request, in all its items."""
     request_timeout_s: float = Field(300.0, gt=0)
     """After this long without an answer from the server a request fails with 504."""
     canary_interval_s: float = Field(5.0, gt=0)
     """How often a model without traffic is asked whether it still answers."""
+    patience_s: float = Field(60.0, gt=0)
+    """How long a busy model may be silent before /ready doubts it; one that fails is told at once."""
     drain_timeout_s: int = Field(30, ge=1)
     """How long a stopping gateway waits for the requests that it has accepted."""

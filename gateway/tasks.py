@@ -19,6 +19,7 @@ from backends.contract import (
     RequestParameter,
     Task,
 )
+from gateway.errors import BadRequest
 from gateway.inference import Inference, Pipeline
 
 
@@ -79,4 +80,10 @@ def _parameters(items: Items, options: TextOptions) -> dict[str, Any]:
         RequestParameter.NORMALIZE: options.normalize,
         RequestParameter.TEXT_FORMAT: "ids" if items.has_ids else None,
     }
+    for name, value in parameters.items():
+        if isinstance(value, str) and "\0" in value:
+            # The server hands parameters on as C strings: the rest would be lost without a word.
+            raise BadRequest(
+                f"{name} holds a NUL character, which cannot be sent on; leave it out", param=name
+            )
     return {name: value for name, value in parameters.items() if value is not None}

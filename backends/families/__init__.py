@@ -11,11 +11,21 @@ FAMILIES: dict[str, Family] = {"bert": bert.FAMILY}
 
 
 def family_of(checkpoint: Checkpoint, model_type: str | None = None) -> Family:
-    """The family of a checkpoint, by its model_type or by the one that a person gives.
+    """The family of a checkpoint, by config.json's model_type.
 
-    Raises CheckpointError, which lists the families, when there is none.
+    A person's `model_type` stands in where config.json has none, and must fit where it has one: another
+    family's rules on this checkpoint's weights would give wrong numbers without any error. Raises
+    CheckpointError, which lists the families, when there is none.
     """
-    wanted = model_type or checkpoint.model_type
+    own = checkpoint.model_type
+    if model_type and own and model_type != own:
+        raise CheckpointError(
+            f"--model-type is {model_type!r}, but {checkpoint.path}/config.json says {own!r}; leave "
+            "the option out"
+        )
+    wanted = own or model_type
+    if not wanted:
+        raise CheckpointError(f"{checkpoint.path}/config.json has no model_type; give it with --model-type")
     for family in FAMILIES.values():
         if wanted in family.model_types:
             return family

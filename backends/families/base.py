@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from backends.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -61,20 +59,17 @@ class Family:
         # The heads of other tasks are left out on purpose, which transformers would report each time.
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        try:
-            model, info = transformers.AutoModel.from_pretrained(
-                checkpoint.transformer_path,
-                attn_implementation=attention,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **self.load_arguments,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{checkpoint.transformer_path} cannot be loaded: {_first_line(error)}"
-            ) from error
+        own = {} if checkpoint.model_type else {"config": self._make_config(checkpoint)}
+        model, info = transformers.AutoModel.from_pretrained(
+            checkpoint.transformer_path,
+            attn_implementation=attention,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **own,
+            **self.load_arguments,
+        )
         missing = sorted(info["missing_keys"])
         if missing:
             raise CheckpointError(
@@ -83,6 +78,8 @@ class Family:
             )
         return model.to(device).eval()  # type: ignore[no-any-return]
 
+    def _make_config(self, checkpoint: Checkpoint) -> Any:
+        """For a config.json that does not name its model_type."""
+        import transformers
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return transformers.AutoConfig.for_model(self.model_types[0], **checkpoint.config)

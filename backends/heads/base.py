@@ -34,6 +34,14 @@ class HeadSpec:
     """How the model repository and the head stage come to know a head."""
 
     task: Task
+    task_names: tuple[str, ...]
+    """What the option `task` may say, in lower case, besides the task's own name: other servers'
+    words for it.
+    """
+    is_default: Callable[[Checkpoint], bool]
+    """Whether a checkpoint is served with this head when nobody says what it is for."""
+    facts: Callable[[Checkpoint], Mapping[str, str]]
+    """What the pipeline tells its clients about the head, by PipelineParameter."""
     outputs: Callable[[Checkpoint], tuple[TensorSpec, ...]]
     """Raises CheckpointError when the checkpoint's head cannot be served."""
     inputs: Callable[[Checkpoint], tuple[str, ...]]

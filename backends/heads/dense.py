@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from backends.checkpoint import Checkpoint, Module
-from backends.contract import DENSE, PROMPT_LENGTH, ErrorCode, RequestParameter, Task, TensorSpec
+from backends.contract import (
+    DENSE,
+    PROMPT_LENGTH,
+    ErrorCode,
+    PipelineParameter,
+    RequestParameter,
+    Task,
+    TensorSpec,
+)
 from backends.errors import CheckpointError, RequestError
 from backends.heads.base import HeadSpec
 
@@ -32,6 +40,17 @@ _POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+# Parts of config.json's architecture, or values of model_type in config_sentence_transformers.json.
+OTHER_TASKS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "HF_ColBERT",
+    "CrossEncoder",
+    "SparseEncoder",
+    "MultiVectorEncoder",
+    "ColBERT",
+)
 _LINKS = ("Dense", "LayerNorm", "Normalize")
 _SENTENCE = "sentence_embedding"
 
@@ -42,6 +61,8 @@ def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
     if declared is None:
         return tuple(mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)) or ("mean",)
     modes = (declared,) if isinstance(declared, str) else tuple(declared)
+    if not modes:
+        raise CheckpointError(f"a Pooling has no mode; the modes are {', '.join(POOLING_MODES)}")
     for mode in modes:
         if mode not in POOLING_MODES:
             raise CheckpointError(
@@ -56,14 +77,19 @@ def pools_without_prompt(checkpoint: Checkpoint) -> bool:
 
 
 def dimensions(checkpoint: Checkpoint) -> int:
-    """Components of the full embedding. Raises CheckpointError for a chain that cannot be served."""
+    """Components of an embedding, as far as the checkpoint's truncate_dim lets them out."""
+    size = chain_size(checkpoint)
+    return size if checkpoint.truncate_dim is None else min(size, checkpoint.truncate_dim)
+
+
+def chain_size(checkpoint: Checkpoint) -> int:
+    """Components that the chain makes. Raises CheckpointError for a chain that cannot be served."""
     where = f"{checkpoint.path}/modules.json"
     first, *rest = checkpoint.modules or (None,)
     if first is None or first.kind != "Pooling":
         raise CheckpointError(
-            f"{where} has {first.kind if first else 'nothing'} behind the Transformer; only a "
-            "Pooling there makes "
-            "one vector of each text"
+            f"{where} has {first.kind if first else 'nothing'} behind the Transformer; only a Pooling there "
+            "makes one vector of each text"
         )
     size = checkpoint.hidden_size * len(pooling_modes(first.config))
     for module in rest:
@@ -72,23 +98,28 @@ def dimensions(checkpoint: Checkpoint) -> int:
                 f"{where} holds the module {module.kind}, which is not served; "
                 f"behind the Pooling there may be {', '.join(_LINKS)}"
             )
-        if module.kind == "Dense":
-            size = _dense_size(module, size)
+        size = _link_size(module, size)
     return size
 
 
-def _dense_size(module: Module, size: int) -> int:
+def _link_size(module: Module, size: int) -> int:
     config = module.config
     for name in ("module_input_name", "module_output_name"):
         if (config.get(name) or _SENTENCE) != _SENTENCE:
             raise CheckpointError(
                 f"{module.path}/config.json: {name} is {config[name]!r}; only {_SENTENCE} is served"
             )
-    if config.get("in_features") != size or not config.get("out_features"):
+    if module.kind == "Normalize":
+        return size
+    name = "in_features" if module.kind == "Dense" else "dimension"
+    if config.get(name) != size:
         raise CheckpointError(
-            f"{module.path}/config.json says in_features {config.get('in_features')} and out_features "
-            f"{config.get('out_features')}; {size} features come in"
+            f"{module.path}/config.json says {name} {config.get(name)}; {size} features come in"
         )
+    if module.kind == "LayerNorm":
+        return size
+    if not isinstance(config.get("out_features"), int):
+        raise CheckpointError(f"{module.path}/config.json has no out_features")
     return int(config["out_features"])
 
 
@@ -121,8 +152,9 @@ class DenseHead:
         for link in self.links:
             vectors = link(vectors)
         # Cutting first and normalising last gives a cut vector its unit length back.
-        vectors = vectors[:, : parameters.get(RequestParameter.DIMENSIONS)]
-        if parameters.get(RequestParameter.NORMALIZE, self.normalizes):
+        wanted = parameters.get(RequestParameter.DIMENSIONS)
+        vectors = vectors[:, : wanted or self.size]
+        if parameters.get(RequestParameter.NORMALIZE, self.normalizes or wanted is not None):
             vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return {DENSE: vectors.contiguous()}
 
@@ -137,8 +169,18 @@ def _load(checkpoint: Checkpoint, device: torch.device) -> DenseHead:
     return DenseHead(pooling, links, dimensions(checkpoint), normalizes)
 
 
+def _is_default(checkpoint: Checkpoint) -> bool:
+    """Everything but what says that it was made for another task."""
+    return not any(
+        mark in checkpoint.architecture or mark == checkpoint.sentence_model_type for mark in OTHER_TASKS
+    )
+
+
 HEAD = HeadSpec(
     task=Task.EMBED,
+    task_names=("dense_embedding",),
+    is_default=_is_default,
+    facts=lambda checkpoint: {PipelineParameter.DIMENSIONS: str(dimensions(checkpoint))},
     outputs=lambda checkpoint: (TensorSpec(DENSE, "FP32", (dimensions(checkpoint),)),),
     inputs=lambda checkpoint: (PROMPT_LENGTH,) if pools_without_prompt(checkpoint) else (),
     parameters=(RequestParameter.DIMENSIONS, RequestParameter.NORMALIZE),

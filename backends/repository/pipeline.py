@@ -25,18 +25,6 @@ from backends.families.base import Family
 from backends.heads import HEADS
 from backends.options import WIRE_DTYPES, ServingOptions
 
-_TASK_HEADS: dict[str, tuple[str, ...]] = {"DENSE_EMBEDDING": ("dense",)}
-# Parts of config.json's architecture, or values of model_type in config_sentence_transformers.json.
-_OTHER_TASKS = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-    "HF_ColBERT",
-    "CrossEncoder",
-    "SparseEncoder",
-    "MultiVectorEncoder",
-    "ColBERT",
-)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Tensors with one value for each item of a request, in one row: [1, n].
 _PER_ITEM = {
@@ -83,18 +71,20 @@ def heads_of(checkpoint: Checkpoint, options: ServingOptions) -> tuple[str, ...]
     Raises OptionError for a task that is not served, CheckpointError for a checkpoint made for such a task.
     """
     if options.task is not None:
-        heads = _TASK_HEADS.get(options.task.upper())
-        if heads is None:
-            raise OptionError(f"task is {options.task!r}; it takes {', '.join(_TASK_HEADS)}")
+        wanted = options.task.lower().replace("-", "_")
+        heads = tuple(name for name, head in HEADS.items() if wanted in (head.task, *head.task_names))
+        if not heads:
+            known = ", ".join(word for head in HEADS.values() for word in (head.task, *head.task_names))
+            raise OptionError(f"task is {options.task!r}; it takes {known}")
         return heads
-    for mark in _OTHER_TASKS:
-        if mark in checkpoint.architecture or mark == checkpoint.sentence_model_type:
-            raise CheckpointError(
-                f"{checkpoint.path} is made for another task than dense embedding ({mark}), which "
-                "is not served yet; "
-                "--task DENSE_EMBEDDING serves its encoder all the same"
-            )
-    return ("dense",)
+    heads = tuple(name for name, head in HEADS.items() if head.is_default(checkpoint))
+    if not heads:
+        raise CheckpointError(
+            f"{checkpoint.path} is made for a task that is not served yet ({checkpoint.architecture}, "
+            f"{checkpoint.sentence_model_type}); --task embed serves its encoder as an embedding "
+            "model all the same"
+        )
+    return heads
 
 
 def check_wiring(pipeline: PipelineSpec) -> None:
@@ -130,15 +120,17 @@ def _describe(
     family: Family,
     heads: tuple[str, ...],
 ) -> dict[str, str]:
-    dense = HEADS["dense"].outputs(checkpoint)[0]
-    return {
+    described: dict[str, str] = {
         PipelineParameter.TASKS: ",".join(HEADS[head].task for head in heads),
         PipelineParameter.FAMILY: family.name,
         PipelineParameter.CHECKPOINT: reference,
         PipelineParameter.SERVED_MODEL_NAME: options.served_model_name or name,
-        PipelineParameter.DIMENSIONS: str(dense.dims[0]),
         PipelineParameter.MAX_LENGTH: str(family.max_length(checkpoint)),
+        PipelineParameter.MAX_BATCH_TOKENS: str(options.max_batch_tokens),
     }
+    for head in heads:
+        described.update(HEADS[head].facts(checkpoint))
+    return described
 
 
 def _tokenizer(reference: str, options: ServingOptions) -> StageSpec:

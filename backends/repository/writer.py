@@ -33,6 +33,11 @@ class Entry:
     options: ServingOptions
 
     @property
+    def served_model_name(self) -> str:
+        """The name that clients use."""
+        return self.parameters[PipelineParameter.SERVED_MODEL_NAME]
+
+    @property
     def checkpoint(self) -> str:
         """The checkpoint's reference (see backends.source)."""
         return self.parameters[PipelineParameter.CHECKPOINT]
@@ -62,22 +67,34 @@ def write(repository: Path, pipeline: PipelineSpec) -> None:
     in between finds a pipeline complete or not at all.
     """
     repository.mkdir(parents=True, exist_ok=True)
+    files = render(pipeline)
+    new = {path.split("/")[0] for path in files}
+    old = _entries_of(repository, pipeline.name)
+    for entry in sorted(new - old):
+        if (repository / entry).exists():
+            raise CheckpointError(
+                f"{repository / entry} is in the way and is not of this model; give another name"
+            )
     # Beside the repository, where a server that scans it does not see a half-written entry.
     with tempfile.TemporaryDirectory(prefix=f".{pipeline.name}-", dir=repository.parent) as folder:
-        for path, text in render(pipeline).items():
+        for path, text in files.items():
             file = Path(folder) / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-        if (repository / pipeline.name).exists():
-            remove(repository, pipeline.name)
-        for stage in pipeline.stages:
-            entry = entry_name(pipeline.name, stage.stage)
-            if (repository / entry).exists():
-                raise CheckpointError(
-                    f"{repository / entry} is in the way and belongs to no model; delete it first"
-                )
+        for entry in old:
+            shutil.rmtree(repository / entry)
+        for entry in sorted(new, key=lambda entry: entry == pipeline.name):
             shutil.move(Path(folder) / entry, repository / entry)
-        shutil.move(Path(folder) / pipeline.name, repository / pipeline.name)
+
+
+def _entries_of(repository: Path, name: str) -> set[str]:
+    """The folders of a pipeline that are there: the ensemble's and its steps'."""
+    file = repository / name / "config.pbtxt"
+    if not file.is_file():
+        return set()
+    steps = parse(file.read_text(encoding="utf-8")).ensemble_scheduling.step
+    names = {name, *(step.model_name for step in steps)} if steps else set()
+    return {entry for entry in names if (repository / entry).is_dir()}
 
 
 def remove(repository: Path, name: str) -> None:
@@ -89,10 +106,8 @@ def remove(repository: Path, name: str) -> None:
     if name not in known:
         names = ", ".join(known) or "nothing"
         raise CheckpointError(f"{repository} has no model {name!r}; it holds {names}")
-    steps = parse((repository / name / "config.pbtxt").read_text(encoding="utf-8")).ensemble_scheduling.step
-    for folder in (name, *(step.model_name for step in steps)):
-        if (repository / folder).is_dir():
-            shutil.rmtree(repository / folder)
+    for entry in sorted(_entries_of(repository, name), key=lambda entry: entry != name):
+        shutil.rmtree(repository / entry)
 
 
 def list_pipelines(repository: Path) -> list[Entry]:

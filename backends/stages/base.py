@@ -76,6 +76,11 @@ class StageRequest:
 
         return torch.utils.dlpack.from_dlpack(self._input(name).to_dlpack())
 
+    def send(self, response: Any) -> None:
+        """Answers this request before the others of its batch."""
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        self._request.get_response_sender().send(response, flags=flags)
+
     def _input(self, name: str) -> Any:
         tensor = pb_utils.get_input_tensor_by_name(self._request, name)
         if tensor is None:
@@ -117,15 +122,36 @@ class Stage(ABC):
     def run(self, batch: Sequence[StageRequest]) -> Sequence[Answer | RequestError]:
         """One answer or error for each request, in order."""
 
+    def cut(self, batch: Sequence[StageRequest]) -> Sequence[range]:
+        """Neighbours in the batch that run() is given at once; all of them, unless a stage has reasons."""
+        return [range(len(batch))]
+
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Called by the server with the requests of one batch."""
+        """Called by the server with the requests of one batch.
+
+        Answers of all groups but the last are sent while the batch still runs, so that their memory is free
+        and the next stage begins; None stands in their place (server 2.51).
+        """
         batch = [StageRequest(request) for request in requests]
+        responses: list[Any] = [None] * len(batch)
+        groups = self.cut(batch)
+        for group in groups:
+            answers = self._run_group([batch[i] for i in group])
+            for i, answer in zip(group, answers, strict=True):
+                response = _response(batch[i], answer)
+                if group is groups[-1]:
+                    responses[i] = response
+                else:
+                    batch[i].send(response)
+            del answers, answer, response
+        return responses
+
+    def _run_group(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
         try:
-            answers = list(self.run(batch))
+            return list(self.run(batch))
         except Exception:
             logger.exception("a batch of %d requests failed; running them one by one", len(batch))
-            answers = [self._run_alone(request) for request in batch]
-        return [_response(request, answer) for request, answer in zip(batch, answers, strict=True)]
+            return [self._run_alone(request) for request in batch]
 
     def _run_alone(self, request: StageRequest) -> Answer | RequestError:
         try:

@@ -19,6 +19,10 @@ from backends.options import WIRE_DTYPES
 from backends.ragged import Ragged
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 
+# Hidden states of so many forward passes are kept at once. More would let more sequences share a pass, fewer
+# would leave passes half full at the end of each group.
+_PASSES_IN_MEMORY = 4
+
 logger = logging.getLogger(__name__)
 
 
@@ -49,6 +53,19 @@ class EncoderStage(Stage):
             "packed" if self.forward.is_packed else "padded",
             torch.get_num_threads(),
         )
+
+    def cut(self, batch: Sequence[StageRequest]) -> list[range]:
+        """Groups of requests with hidden states of a few passes: a batch holds any number of long lists."""
+        limit = _PASSES_IN_MEMORY * self.max_batch_tokens
+        groups: list[range] = []
+        start, total = 0, 0
+        for i, request in enumerate(batch):
+            size = request.array(INPUT_IDS).shape[1]
+            if i > start and total + size > limit:
+                groups.append(range(start, i))
+                start, total = i, 0
+            total += size
+        return [*groups, range(start, len(batch))]
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer]:
         ids = np.concatenate([request.array(INPUT_IDS)[0] for request in batch])

@@ -40,6 +40,19 @@ def services(request: Request) -> Services:
     return found
 
 
-def describe_body(schema: dict[str, Any]) -> dict[str, Any]:
-    """Shows a body in /docs that an endpoint reads itself, past FastAPI's own parser."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+def describe(schema: dict[str, Any], example: Any, answer: Any, refusal: Any) -> dict[str, Any]:
+    """Shows in /docs what an endpoint reads and writes itself, past FastAPI's own parser.
+
+    The example must be a request that every server can answer: the page offers to send it.
+    """
+
+    def content(**what: Any) -> dict[str, Any]:
+        return {"content": {"application/json": what}}
+
+    return {
+        "requestBody": {"required": True, **content(schema=schema, example=example)},
+        "responses": {
+            "200": {"description": "The answer", **content(schema={"type": "object"}, example=answer)},
+            "400": {"description": "What is wrong with the request", **content(example=refusal)},
+        },
+    }

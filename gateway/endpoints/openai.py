@@ -6,16 +6,17 @@ reads.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, WithJsonSchema
 
 from backends.contract import ErrorCode, Task
-from gateway.endpoints.dialect import Dialect, describe_body, services
+from gateway.endpoints.dialect import Dialect, describe, services
 from gateway.errors import BadRequest, BodyTooLarge, GatewayError, RefusedItem, ServerFault, UnknownModel
 from gateway.inference import Pipeline
+from gateway.settings import Settings
 from gateway.tasks import Embeddings, Items, TextOptions, embed
 from gateway.wire import read, respond, to_base64
 
@@ -35,9 +36,21 @@ _KINDS = {
     type(None): "null",
     bool: "a boolean",
     int: "a number",
-    float: "a number with a fraction",
+    float: "a number that is not whole, or is huge",
     str: "a string",
     list: "a list",
+}
+
+
+# Checked by _items: a validator that tries four kinds of list in turn takes seconds for a large one.
+_INPUT_SCHEMA = {
+    "description": "A text, a list of texts, a list of token ids, or a list of such lists.",
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ],
 }
 
 
@@ -46,9 +59,7 @@ class EmbeddingRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    input: str | list[str] | list[int] | list[list[int]] | Any = Field(
-        description="A text, a list of texts, a list of token ids, or a list of such lists."
-    )
+    input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
     model: str | None = Field(None, description="May be left out: the first embedding model answers then.")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: StrictInt | None = Field(
@@ -64,15 +75,36 @@ class EmbeddingRequest(BaseModel):
     normalize: StrictBool | None = Field(None, description="Unit length or not, whatever the model says.")
 
 
+_EXAMPLES = (
+    {"input": ["Hello, world", "Good morning"], "dimensions": 4},
+    {
+        "object": "list",
+        "data": [{"object": "embedding", "index": i, "embedding": [0.5, -0.5, 0.5, 0.5]} for i in range(2)],
+        "model": "all-MiniLM-L6-v2",
+        "usage": {"prompt_tokens": 9, "total_tokens": 9},
+    },
+    {
+        "error": {
+            "message": "input[1] is an empty string; leave it out, or send some text",
+            "type": "invalid_request_error",
+            "param": "input",
+            "code": None,
+        }
+    },
+)
+
+
 @router.post(
-    "/v1/embeddings", summary="Embed texts", openapi_extra=describe_body(EmbeddingRequest.model_json_schema())
+    "/v1/embeddings",
+    summary="Embed texts",
+    openapi_extra=describe(EmbeddingRequest.model_json_schema(), *_EXAMPLES),
 )
 @router.post("/embeddings", include_in_schema=False)
 async def create_embeddings(request: Request) -> Response:
     """Dense embeddings of texts or of token ids, in OpenAI's format."""
     own = services(request)
     body = await read(request, EmbeddingRequest, own.settings.max_body_bytes)
-    items = _items(body.input, own.settings.max_items)
+    items = _items(body.input, own.settings)
     pipeline = await own.catalog.find(body.model, Task.EMBED)
     embeddings = await embed(own.inference, pipeline, items, _options(body, pipeline))
     return respond(
@@ -97,7 +129,7 @@ async def retrieve_model(request: Request, model: str) -> Response:
     return respond(_describe(await own.catalog.find(model), own.readiness.started_at))
 
 
-def _items(value: Any, max_items: int) -> Items:
+def _items(value: Any, settings: Settings) -> Items:
     """The four forms of `input`. Raises BadRequest, which names the item at fault."""
     if isinstance(value, str):
         value = [value]
@@ -109,20 +141,32 @@ def _items(value: Any, max_items: int) -> Items:
         raise _bad_input("input is an empty list; send at least one text")
     if _is_id(value[0]):
         value = [value]
-    if len(value) > max_items:
-        raise _bad_input(f"input has {len(value)} items; at most {max_items} can be sent in one request")
-    if isinstance(value[0], str):
-        for i, text in enumerate(value):
-            if not isinstance(text, str):
-                raise _bad_input(f"input[{i}] is {_kind(text)}; after a string, every item must be a string")
-            if not text:
-                raise _bad_input(f"input[{i}] is an empty string; leave it out, or send some text")
-        return Items.of_texts(value)
+    if len(value) > settings.max_items:
+        raise _bad_input(
+            f"input has {len(value)} items; at most {settings.max_items} can be sent in one request"
+        )
+    return _texts(value) if isinstance(value[0], str) else _id_rows(value, settings.max_token_ids)
+
+
+def _texts(value: list[Any]) -> Items:
+    for i, text in enumerate(value):
+        if not isinstance(text, str):
+            raise _bad_input(f"input[{i}] is {_kind(text)}; after a string, every item must be a string")
+        if not text:
+            raise _bad_input(f"input[{i}] is an empty string; leave it out, or send some text")
+    return Items.of_texts(value)
+
+
+def _id_rows(value: list[Any], max_token_ids: int) -> Items:
     for i, row in enumerate(value):
         if not isinstance(row, list):
             raise _bad_input(f"input[{i}] is {_kind(row)}; items are strings, or lists of token ids")
         if not row:
             raise _bad_input(f"input[{i}] is an empty list; leave it out, or send some token ids")
+    count = sum(map(len, value))
+    if count > max_token_ids:
+        raise _bad_input(f"input has {count} token ids; at most {max_token_ids} can be sent in one request")
+    for i, row in enumerate(value):
         for token in row:
             if not _is_id(token):
                 raise _bad_input(
@@ -197,9 +241,7 @@ def render_error(error: GatewayError) -> dict[str, Any]:
     """{"error": {"message", "type", "param", "code"}}."""
     message, param = error.message, error.param
     if isinstance(error, RefusedItem):
-        param = {ErrorCode.UNKNOWN_PROMPT: "prompt_name", ErrorCode.INVALID_DIMENSIONS: "dimensions"}.get(
-            error.reason, "input"
-        )
+        param = _PARAMS.get(error.reason, "input")
         advice = _ADVICE.get(error.reason)
         where = f"input[{error.item}]: " if error.item is not None else ""
         message = f"{where}{message}" + (f". {advice}" if advice else "")
@@ -214,6 +256,11 @@ def render_error(error: GatewayError) -> dict[str, Any]:
     }
 
 
+_PARAMS = {
+    ErrorCode.UNKNOWN_PROMPT: "prompt_name",
+    ErrorCode.INVALID_PROMPT: "prompt",
+    ErrorCode.INVALID_DIMENSIONS: "dimensions",
+}
 _CODES: dict[type[GatewayError], str] = {BodyTooLarge: "body_too_large", UnknownModel: "model_not_found"}
 
 DIALECT = Dialect(router, render_error)

@@ -23,7 +23,10 @@ async def health() -> Response:
 async def ready(request: Request) -> Response:
     """200 when a real inference of every model went through lately, else 503 with the reasons."""
     report = services(request).readiness.report()
-    models = {name: {"ready": reason is None, "reason": reason} for name, reason in report.models.items()}
+    models = {
+        name: {"ready": reason is None, "reason": reason, "has_failed": name in report.failed}
+        for name, reason in report.models.items()
+    }
     status = "ready" if report.is_ready else "not ready"
     return respond(
         {"status": status, "reason": report.reason, "models": models}, 200 if report.is_ready else 503

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -52,15 +52,16 @@ Instances = Annotated[int | None, typer.Option(help="Processes of the encoder. D
 ServedModelName = Annotated[
     str | None, typer.Option(help="The model's name in the HTTP API. Default: its own name.")
 ]
-Task = Annotated[
-    str | None, typer.Option(help="What the checkpoint is for, if it does not say: DENSE_EMBEDDING.")
-]
-ModelType = Annotated[str | None, typer.Option(help="Overrides config.json's model_type.")]
+Task = Annotated[str | None, typer.Option(help="What the checkpoint is for, if it does not say: embed.")]
+ModelType = Annotated[str | None, typer.Option(help="The architecture, where config.json does not name it.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let code that a checkpoint brings run.")
 ]
+ChatTemplate = Annotated[str | None, typer.Option(hidden=True)]
 MaxContextBatchSize = Annotated[int | None, typer.Option(hidden=True)]
 
+_LOOPBACK = "127.0.0.1"
+_PORT: dict[str, Any] = {"min": 0, "max": 65535}
 _CHECKPOINT_HELP = "A directory, package:PACKAGE/PATH, or an id of the Hugging Face hub."
 
 
@@ -145,11 +146,11 @@ def serve(
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address of the gateway; 0.0.0.0 is every interface.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the gateway; 0 is any free one.")] = 30000,
-    http_port: Annotated[int, typer.Option(help="tritonserver's HTTP port, on loopback.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="tritonserver's gRPC port, on loopback.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="tritonserver's metrics port, on loopback.")] = 8002,
+    ] = _LOOPBACK,
+    port: Annotated[int, typer.Option(**_PORT, help="Port of the gateway; 0 is any free one.")] = 30000,
+    http_port: Annotated[int, typer.Option(**_PORT, help="tritonserver's HTTP port.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(**_PORT, help="tritonserver's gRPC port.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(**_PORT, help="tritonserver's metrics port.")] = 8002,
     model_repository: Repository = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -164,9 +165,15 @@ def serve(
     model_type: ModelType = None,
     trust_remote_code: TrustRemoteCode = False,
     max_context_batch_size: MaxContextBatchSize = None,
+    chat_template: ChatTemplate = None,
 ) -> None:
     """Start tritonserver and the gateway, and serve until Ctrl-C."""
     options = _given(locals())
+    if chat_template is not None:
+        raise CommandError(
+            f"--chat-template {chat_template} is for models of text and images, "
+            "which are not served yet; leave it out"
+        )
     addresses = Addresses(host, port, http_port, grpc_port, metrics_port).claim()
     repository = model_repository or models.default_repository()
     with models.served_repository(repository, checkpoints or [], options, scratch_directory()) as served:
@@ -192,7 +199,9 @@ _OPTIONS = (
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     """The options of a checkpoint that stand on the command line."""
-    return {name: arguments[name] for name in _OPTIONS if arguments[name] not in (None, False)}
+    # An explicit 0 counts: it is refused with its name, not taken for a default.
+    given = {name: arguments[name] for name in _OPTIONS}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def main() -> None:
@@ -200,5 +209,12 @@ def main() -> None:
     try:
         app(rewrite(sys.argv[1:]))
     except (BackendError, CommandError) as error:
-        Console(stderr=True, highlight=False, markup=False).print(f"error: {error}", soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        # A folder that cannot be written, a full disk.
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True, highlight=False, markup=False).print(f"error: {message}", soft_wrap=True)
+    sys.exit(1)

@@ -19,9 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from gateway.settings import Settings
 from triton_embeddings.errors import CommandError
 from triton_embeddings.process import Child, claim_port
 from triton_embeddings.server_binary import find_server, state_directory
@@ -33,6 +35,8 @@ _POLL_INTERVAL_S = 0.1
 _SERVER_EXIT_TIMEOUT_S = 10
 # A model of several billion parameters takes minutes to read from a slow disk.
 _START_TIMEOUT_S = 1800
+# A model that is loaded but fails every request will not mend itself.
+_FAILURE_PATIENCE_S = 10
 _LOAD_ERROR = re.compile(r"failed to load '(?P<entry>[^']+)' version \d+: (?P<status>[^:]+): (?P<text>.*)")
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -70,7 +74,9 @@ class Stop:
     def __init__(self) -> None:
         self._event = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._set)
+            # nohup has SIGHUP ignored: that is to stay.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._set)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         self._event.set()
@@ -83,7 +89,10 @@ class Stop:
 def launch(repository: Path, addresses: Addresses, console: Console, stop: Stop) -> None:
     """Serves until it is told to stop. Raises CommandError when something does not start, or dies."""
     check_packages()
+    settings = _gateway_settings()
     server = find_server()
+    # Once more, for a download may lie between the first look and this one.
+    addresses = addresses.claim()
     state = state_directory()
     log = state / "log" / f"server-{addresses.grpc_port}.log"
     log.parent.mkdir(exist_ok=True)
@@ -103,13 +112,15 @@ def launch(repository: Path, addresses: Addresses, console: Console, stop: Stop)
             "gateway", [sys.executable, "-m", "gateway"], _gateway_environment(addresses), folder=state
         )
         # Entered last, so left first: the gateway finishes its requests while the server still answers them.
-        stack.callback(gateway.stop, 35)
-        with _progress(console, f"loading the models with {server.path}"):
+        stack.callback(gateway.stop, settings.drain_timeout_s + 5)
+        with _progress(console, f"loading the models (tritonserver: {server.path})"):
             is_ready = _wait_until_ready(addresses, (triton, gateway), log, stop)
         if is_ready:
             _introduce(console, addresses, log)
             _wait_for_the_end((triton, gateway), log, stop)
             console.print("stopping: the gateway finishes its requests, then the server ends")
+    if is_ready:
+        console.print("stopped")
 
 
 def check_packages() -> None:
@@ -121,6 +132,18 @@ def check_packages() -> None:
             "the package `kernels` of Hugging Face is installed and hides this project's own; "
             "take it away with: pip uninstall kernels"
         )
+
+
+def _gateway_settings() -> Settings:
+    """What the gateway will read, looked at before anything is started."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = f"GATEWAY_{first['loc'][0]}".upper()
+        raise CommandError(
+            f"the environment's {name} is {first['input']!r}: {first['msg'].lower()}"
+        ) from error
 
 
 def _server_arguments(repository: Path, addresses: Addresses, shared_memory_prefix: str) -> list[str]:
@@ -151,12 +174,24 @@ def _gateway_environment(addresses: Addresses) -> dict[str, str]:
 
 
 def _wait_until_ready(addresses: Addresses, children: Sequence[Child], log: Path, stop: Stop) -> bool:
-    """True when every model has answered, False when it was told to stop before that."""
+    """True when every model has answered, False when it was told to stop before that.
+
+    Raises CommandError when a child ends, or when a model that is loaded keeps failing.
+    """
     deadline = time.monotonic() + _START_TIMEOUT_S
+    failing_since: dict[str, float] = {}
     while time.monotonic() < deadline:
         _check_alive(children, log)
-        if _get(addresses, "/ready") is not None:
+        status, body = _get(addresses, "/ready")
+        if status == 200:
             return True
+        failures = {name: m["reason"] for name, m in body.get("models", {}).items() if m.get("has_failed")}
+        failing_since = {name: failing_since.get(name, time.monotonic()) for name in failures}
+        for name, since in failing_since.items():
+            if time.monotonic() - since > _FAILURE_PATIENCE_S:
+                raise CommandError(
+                    f"the model {name} is loaded but fails: {failures[name]} (the server's log: {log})"
+                )
         if stop.wait(_POLL_INTERVAL_S):
             return False
     raise CommandError(f"the models did not answer within {_START_TIMEOUT_S} s; the server's log is {log}")
@@ -193,19 +228,21 @@ def _first_line(text: str) -> str:
     return first.removeprefix("TritonModelException: ")
 
 
-def _get(addresses: Addresses, path: str) -> dict[str, Any] | None:
-    """The JSON of a 200 answer, None for any other or none."""
+def _get(addresses: Addresses, path: str) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of the gateway's answer; 0 when there is none."""
     host = _LOOPBACK if addresses.host == "0.0.0.0" else "[::1]" if addresses.host == "::" else addresses.host
     try:
         with urllib.request.urlopen(f"http://{host}:{addresses.port}{path}", timeout=10) as answer:
-            content: dict[str, Any] = json.load(answer)
-            return content
-    except (urllib.error.URLError, OSError):
-        return None
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+    except (OSError, ValueError):
+        return 0, {}
 
 
 def _introduce(console: Console, addresses: Addresses, log: Path) -> None:
-    models = (_get(addresses, "/v1/models") or {"data": []})["data"]
+    models = _get(addresses, "/v1/models")[1].get("data", [])
     table = Table("model", "tasks", "dimensions", "max tokens", box=None, padding=(0, 3, 0, 0))
     for model in models:
         table.add_row(

@@ -11,7 +11,7 @@ from typing import Any
 
 import backends
 from backends.checkpoint import Checkpoint
-from backends.contract import PipelineSpec
+from backends.contract import PipelineParameter, PipelineSpec
 from backends.options import ServingOptions
 from backends.repository.pipeline import build_pipeline
 from backends.repository.writer import list_pipelines, write
@@ -42,12 +42,16 @@ def plan(
 
 
 def add(repository: Path, checkpoint: str, name: str | None, options: Mapping[str, Any]) -> PipelineSpec:
-    """Writes the entries of a checkpoint. Raises BackendError."""
+    """Writes the entries of a checkpoint. Raises BackendError, or CommandError for a name that is taken."""
     given = dict(options)
     batch = given.pop("max_context_batch_size", None)
     pipeline = plan(
         reference_of(checkpoint), name or default_name(checkpoint), ServingOptions(**given), batch
     )
+    served = pipeline.parameters[PipelineParameter.SERVED_MODEL_NAME]
+    for entry in list_pipelines(repository):
+        if entry.name != pipeline.name and served in (entry.name, entry.served_model_name):
+            raise CommandError(f"the model {entry.name} is served as {served!r} already; give another name")
     write(repository, pipeline)
     return pipeline
 
@@ -80,6 +84,8 @@ def served_repository(
             plan(entry.checkpoint, entry.name, entry.options)
         yield repository
         return
+    # Process ids come back, in a container at every start: what a killed process left here is not ours.
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
         for checkpoint in checkpoints:
             add(scratch, checkpoint, None, options)

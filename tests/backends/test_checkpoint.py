@@ -74,7 +74,7 @@ def remove(name):
         (remove("config.json"), "has no config.json; is it the directory of a checkpoint"),
         (break_json, "config.json is not valid JSON"),
         (lambda path: write_json(path / "config.json", []), "holds list; a JSON object belongs there"),
-        (lambda path: write_json(path / "config.json", {"hidden_size": 3}), "has no model_type"),
+        (lambda path: write_json(path / "config.json", {"model_type": "bert"}), "has no hidden_size"),
         (remove("model.safetensors"), "has no weights; one of model.safetensors"),
         (
             lambda path: write_json(path / "modules.json", [{"type": "x.CLIPModel"}]),
@@ -93,6 +93,36 @@ def test_a_broken_checkpoint_names_the_file(tmp_path, harm, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         Checkpoint.read(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("modules.json", [{"type": "x.Transformer", "path": 5}]),
+        ("modules.json", [{"type": None}]),
+        ("config_sentence_transformers.json", {"prompts": ["query"]}),
+        ("config_sentence_transformers.json", {"prompts": {"query": 5}}),
+        ("config_sentence_transformers.json", {"truncate_dim": "few"}),
+        ("sentence_bert_config.json", {"max_seq_length": "lots"}),
+        ("tokenizer_config.json", {"model_max_length": []}),
+        ("config.json", {"hidden_size": 32, "architectures": 7}),
+        ("config.json", {"hidden_size": 32, "max_position_embeddings": "many"}),
+    ],
+)
+def test_values_of_the_wrong_kind_are_one_clear_error(tmp_path, file, content):
+    path = sentence_transformer(tmp_path / "c", MEAN)
+    (path / "sentence_bert_config.json").unlink()
+    write_json(path / file, content)
+    with pytest.raises(CheckpointError, match=str(path)):
+        Checkpoint.read(path)
+
+
+def test_modules_without_a_path_lie_in_the_root(tmp_path):
+    path = sentence_transformer(tmp_path / "c", MEAN)
+    write_json(
+        path / "modules.json", [{"type": "x.Transformer", "path": None}, {"type": "x.Normalize", "path": ""}]
+    )
+    assert Checkpoint.read(path).transformer_path == path
 
 
 def write_index(*names):

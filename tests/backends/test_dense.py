@@ -13,6 +13,8 @@ from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError, RequestError
 from backends.heads import HEADS
 from backends.heads.dense import dimensions, pooling_modes
+from backends.ragged import Ragged
+from backends.sentence_modules import Pooling
 from tests.support.checkpoints import bert, sentence_transformer, write_json
 from tests.support.pipeline import embed
 from tests.support.sentences import sentences
@@ -119,7 +121,7 @@ def test_prompts_can_be_left_out_of_the_pooling(tmp_path, mode, prompt):
         assert np.abs(embed(path, texts, {"prompt_name": prompt}) - got).max() > 0.01
 
 
-def test_dimensions_cut_and_keep_the_checkpoint_s_norm(tmp_path):
+def test_dimensions_cut_and_give_unit_length(tmp_path):
     path = sentence_transformer(tmp_path / "c", {"pooling_mode": "mean"})
     whole, cut = embed(path, TEXTS), embed(path, TEXTS, {"dimensions": 8})
     assert cut.shape == (len(TEXTS), 8)
@@ -131,7 +133,20 @@ def test_dimensions_cut_and_keep_the_checkpoint_s_norm(tmp_path):
         cut, reference(path, truncate_dim=8, normalize_embeddings=True), atol=1e-5, rtol=1e-5
     )
     bare = sentence_transformer(tmp_path / "bare", {"pooling_mode": "mean"}, [])
-    np.testing.assert_allclose(embed(bare, TEXTS, {"dimensions": 8}), embed(bare, TEXTS)[:, :8], atol=1e-6)
+    np.testing.assert_allclose(embed(bare, TEXTS, {"dimensions": 8}), cut, atol=1e-6)
+    whole = {"dimensions": 32, "normalize": False}
+    np.testing.assert_allclose(embed(bare, TEXTS, whole), embed(bare, TEXTS), atol=1e-6)
+
+
+def test_a_checkpoint_may_cut_its_embeddings_itself(tmp_path):
+    path = sentence_transformer(tmp_path / "c", {"pooling_mode": "mean"}, sentence={"truncate_dim": 8})
+    expected = reference(path)
+    got = embed(path, TEXTS)
+    assert got.shape == expected.shape == (len(TEXTS), 8)
+    # sentence-transformers leaves the cut vectors short; here they have unit length again.
+    np.testing.assert_allclose(got, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
+    with pytest.raises(RequestError, match="takes 1 to 8"):
+        embed(path, TEXTS, {"dimensions": 9})
 
 
 def test_normalize_can_be_asked_for_and_declined(tmp_path):
@@ -163,7 +178,7 @@ def test_parameters_that_cannot_be_met_are_refused(tmp_path, bad):
         (
             {"pooling_mode": "mean"},
             [dense(99, 8)],
-            "says in_features 99 and out_features 8; 32 features come in",
+            "says in_features 99; 32 features come in",
         ),
         (
             {"pooling_mode": "mean"},
@@ -176,6 +191,28 @@ def test_chains_that_are_not_served_say_why(tmp_path, pooling, links, message):
     path = sentence_transformer(tmp_path / "c", pooling, links)
     with pytest.raises(CheckpointError, match=message):
         dimensions(Checkpoint.read(path))
+
+
+def test_a_normalize_of_tokens_is_refused(tmp_path):
+    path = sentence_transformer(tmp_path / "c", {"pooling_mode": "mean"})
+    write_json(path / "2_Normalize" / "config.json", {"module_input_name": "token_embeddings"})
+    with pytest.raises(CheckpointError, match="module_input_name is 'token_embeddings'"):
+        dimensions(Checkpoint.read(path))
+
+
+@pytest.mark.parametrize("mode", FLAGS)
+def test_pooling_of_half_precision_is_in_float32(mode):
+    values = torch.randn(600, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16) + 5
+    got = Pooling([mode])(Ragged(values, np.array([600])))
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(
+        got, Pooling([mode])(Ragged(values.double(), np.array([600]))).float(), atol=1e-4, rtol=1e-5
+    )
+
+
+def test_a_sequence_without_tokens_is_no_vector_of_its_neighbour():
+    with pytest.raises(ValueError, match="without tokens"):
+        Pooling(["cls"])(Ragged(torch.ones(3, 8), np.array([3, 0])))
 
 
 def test_a_chain_without_pooling_is_refused(tmp_path):

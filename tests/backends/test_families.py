@@ -1,5 +1,6 @@
 """Every registered family against transformers: packed == padded == one by one, in float32."""
 
+import json
 import logging
 
 import numpy as np
@@ -113,7 +114,24 @@ def test_an_unknown_model_type_lists_the_known_ones(tmp_path):
         CheckpointError, match=r"is a 'frobnicator' model .* the model types served are: bert"
     ):
         family_of(Checkpoint.read(path))
-    assert family_of(Checkpoint.read(path), "bert").name == "bert"
+    with pytest.raises(CheckpointError, match=r"--model-type is 'bert', but .* says 'frobnicator'"):
+        family_of(Checkpoint.read(path), "bert")
+
+
+def test_a_config_without_model_type_takes_the_given_one(tmp_path):
+    path = checkpoints.bert(tmp_path / "c")
+    expected = load_forward(Checkpoint.read(path))
+    content = json.loads((path / "config.json").read_text())
+    del content["model_type"]
+    checkpoints.write_json(path / "config.json", content)
+    checkpoint = Checkpoint.read(path)
+    with pytest.raises(CheckpointError, match="has no model_type; give it with --model-type"):
+        family_of(checkpoint)
+    family = family_of(checkpoint, "bert")
+    model = family.load(checkpoint, "packed", torch.float32, torch.device("cpu"), trust_remote_code=False)
+    batch = batch_of(checkpoint)
+    got = run(PackedForward(model, family, content), batch)
+    torch.testing.assert_close(got, run(expected, batch))
 
 
 # MPNet takes no attention function: packed, every sequence would look at its neighbours, without any error.
@@ -138,6 +156,26 @@ def test_a_model_without_attention_interface_falls_back_to_padding(caplog):
     torch.testing.assert_close(run(forward, batch), alone, atol=1e-5, rtol=1e-5)
     packed = run(PackedForward(model, MPNET, {}), batch)
     assert (packed - alone).abs().max() > 0.1, "packing this model must be wrong, or the check shows nothing"
+
+
+def test_a_model_that_packs_wrong_numbers_falls_back_too(tmp_path, caplog):
+    """It calls the attention function, but something else in it looks over the boundary."""
+    checkpoint = Checkpoint.read(checkpoints.bert(tmp_path / "c"))
+    family = family_of(checkpoint)
+
+    def load(attention):
+        model = family.load(
+            checkpoint, attention, torch.float32, torch.device("cpu"), trust_remote_code=False
+        )
+        if attention is not None:
+            mix = lambda module, inputs, output: output + output.mean(1, keepdim=True)  # noqa: E731
+            model.encoder.layer[0].output.register_forward_hook(mix)
+        return model
+
+    with caplog.at_level(logging.WARNING):
+        forward = choose_forward(load, family, dict(checkpoint.config), "mixing")
+    assert not forward.is_packed
+    assert "between packed and one by one" in caplog.text
 
 
 class Stateful(torch.nn.Module):

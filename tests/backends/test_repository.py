@@ -50,6 +50,7 @@ def test_the_text_parses_back_to_what_was_meant(path):
         "served_model_name": "org/tiny",
         "dimensions": "32",
         "max_length": "48",
+        "max_batch_tokens": "16384",
     }
     encoder = parse(stage_config(pipeline, stages(pipeline)["encoder"]))
     assert encoder.backend == "python"
@@ -135,13 +136,19 @@ def test_writing_again_replaces(tmp_path, path):
         assert (repository / entry).read_text() == text
 
 
-def test_a_folder_in_the_way_is_not_touched(tmp_path, path):
+def test_a_folder_in_the_way_is_not_touched_nor_anything_else(tmp_path, path):
     repository = tmp_path / "models"
     (repository / "tiny.dense").mkdir(parents=True)
     (repository / "tiny.dense" / "mine").touch()
-    with pytest.raises(CheckpointError, match=r"tiny\.dense is in the way and belongs to no model"):
+    with pytest.raises(CheckpointError, match=r"tiny\.dense is in the way and is not of this model"):
         write(repository, build(path))
-    assert (repository / "tiny.dense" / "mine").exists()
+    assert [str(p.relative_to(repository)) for p in repository.rglob("*")] == [
+        "tiny.dense",
+        "tiny.dense/mine",
+    ]
+    write(repository, build(path, "foo"))
+    with pytest.raises(CheckpointError, match=r"foo\.encoder is in the way"):
+        write(repository, build(path, "foo.encoder"))
 
 
 def test_removing_what_is_not_there_names_what_is(tmp_path, path):
@@ -176,11 +183,13 @@ def test_checkpoints_for_other_tasks_are_not_served_as_embeddings_by_silence(pat
     content = json.loads((path / "config.json").read_text())
     write_json(path / "config.json", {**content, **config})
     write_json(path / "config_sentence_transformers.json", sentence)
-    with pytest.raises(CheckpointError, match=f"made for another task than dense embedding \\({mark}\\)"):
+    with pytest.raises(CheckpointError, match=f"made for a task that is not served yet .*{mark}"):
         build(path)
     assert build(path, task="dense_embedding").parameters["tasks"] == "embed"
 
 
 def test_an_unknown_task_lists_the_known_ones(path):
-    with pytest.raises(OptionError, match="task is 'RERANKER'; it takes DENSE_EMBEDDING"):
+    for word in ("embed", "DENSE_EMBEDDING", "dense-embedding"):
+        assert build(path, task=word).parameters["tasks"] == "embed"
+    with pytest.raises(OptionError, match="task is 'RERANKER'; it takes embed, dense_embedding"):
         build(path, task="RERANKER")

@@ -81,10 +81,16 @@ def test_a_file_is_no_checkpoint(tmp_path):
         ("hub:org/a b@main", "a-b"),
         ("/models/x/", "x"),
         (DEFAULT, "model"),
+        ("org/name@v2", "name"),
     ],
 )
 def test_default_names(checkpoint, name):
     assert default_name(checkpoint) == name
+
+
+def test_a_folder_s_name_may_hold_an_at_sign(tmp_path):
+    (tmp_path / "data@2024" / "bge").mkdir(parents=True)
+    assert default_name(str(tmp_path / "data@2024" / "bge")) == "bge"
 
 
 def test_the_default_name_of_the_working_directory(tmp_path, monkeypatch):

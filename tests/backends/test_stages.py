@@ -115,6 +115,21 @@ def test_encoder_gives_each_request_its_own_hidden_states(path, dtype, wire):
     torch.testing.assert_close(hidden(together[1]), hidden(alone[2]), atol=tolerance, rtol=tolerance)
 
 
+def test_encoder_answers_a_batch_over_its_memory_in_parts(path):
+    stage = start(EncoderStage(), path, dtype="float32", max_batch_tokens="5", threads="1")
+    assert torch.get_num_threads() == 1
+    rows = [np.arange(5, 5 + n) for n in (9, 8, 4, 21, 3)]
+    requests = [encoded(stage, row) for row in rows]
+    responses = stage.execute(requests)
+    # At most 20 tokens at once, one longer request alone: (9, 8), (4), (21), (3).
+    assert [len(request.sent) for request in requests] == [1, 1, 1, 1, 0]
+    assert [response is None for response in responses] == [True, True, True, True, False]
+    answers = [request.sent[0] for request in requests[:4]] + responses[4:]
+    for row, answer in zip(rows, answers, strict=True):
+        (alone,) = stage.execute([encoded(stage, row)])
+        np.testing.assert_allclose(answer.value("hidden"), alone.value("hidden"), atol=1e-5)
+
+
 def test_head_groups_by_parameters_and_keeps_order(path):
     stage = start(HeadStage(), path, head="dense")
     generator = np.random.default_rng(0)

@@ -150,7 +150,7 @@ def test_left_truncation_keeps_the_prompt(tiny):
 
 def test_ids_are_wrapped_once(minilm):
     with_specials = encode(minilm, "hello world")[0].ids
-    for ids in (with_specials, with_specials[1:-1]):
+    for ids in (with_specials, with_specials[1:-1], with_specials[1:], with_specials[:-1]):
         row = encode(minilm, ids.astype(TOKEN_DTYPE).tobytes(), text_format="ids")[0]
         assert row.ids.tolist() == with_specials.tolist()
 
@@ -212,3 +212,47 @@ def test_a_broken_tokenizer_names_its_file(tmp_path):
 def test_a_limit_without_room_is_refused(tiny):
     with pytest.raises(CheckpointError, match="max_length is 2, which special tokens fill; give at least 3"):
         TextTokenizer(tiny, 2)
+
+
+def change_json(file, **changes):
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps(content))
+
+
+def test_a_bert_tokenizer_without_a_post_processor_has_its_special_tokens(tmp_path):
+    path = sentence_transformer(tmp_path / "c", MEAN)
+    expected = encode(TextTokenizer(Checkpoint.read(path), 48), "the object")[0].ids.tolist()
+    change_json(path / "tokenizer.json", post_processor=None)
+    assert encode(TextTokenizer(Checkpoint.read(path), 48), "the object")[0].ids.tolist() == expected
+    reference = AutoTokenizer.from_pretrained(path)
+    reference.backend_tokenizer.no_truncation()
+    assert reference("the object", padding=False)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_bos_and_eos_of_the_tokenizer_config_are_put_on(tmp_path, as_object):
+    path = sentence_transformer(tmp_path / "c", MEAN)
+    token = {"content": "[MASK]"} if as_object else "[MASK]"
+    change_json(
+        path / "tokenizer_config.json",
+        add_eos_token=True,
+        eos_token=token,
+        add_bos_token=True,
+        bos_token="[CLS]",
+    )
+    ids = encode(TextTokenizer(Checkpoint.read(path), 48), "abc")[0].ids.tolist()
+    names = TextTokenizer(Checkpoint.read(path), 48).tokenizer
+    assert [names.id_to_token(i) for i in (ids[0], *ids[-2:])] == ["[CLS]", "[SEP]", "[MASK]"]
+    assert ids[1] != ids[0], "what is there already is not put on again"
+    assert len(encode(TextTokenizer(Checkpoint.read(path), 48), "a " * 99, truncation="right")[0].ids) == 48
+
+
+def test_a_text_without_any_token_is_refused(tmp_path):
+    path = sentence_transformer(tmp_path / "c", MEAN)
+    change_json(
+        path / "tokenizer.json",
+        post_processor={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+    )
+    tokenizer = TextTokenizer(Checkpoint.read(path), 48)
+    assert len(encode(tokenizer, "abc")[0].ids) == 3
+    assert "no tokens at all" in refusal(tokenizer, "abc", " ").message

@@ -81,7 +81,8 @@ def one_line_error(result, text):
         (lambda path: None, ["--device", "tpu"], "device is 'tpu'"),
         (lambda path: None, ["--max-length", "100"], "has 64 positions; give at most 64"),
         (lambda path: None, ["--TASK_TYPE", "RERANKER"], "task is 'RERANKER'; it takes"),
-        (lambda path: None, ["--model_type", "gpt2"], "is a 'gpt2' model"),
+        (lambda path: None, ["--model_type", "gpt2"], "--model-type is 'gpt2', but"),
+        (lambda path: None, ["--threads", "0"], "threads is 0; it takes a number of at least 1"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_served_is_one_line(tmp_path, checkpoint, command, harm, options, text):
@@ -101,6 +102,35 @@ def test_a_taken_port_names_its_flag(flag):
         result = run("serve", flag, port)
     one_line_error(result, f"port {port} on 127.0.0.1 cannot be used (Address already in use)")
     assert result.stderr.strip().endswith(f"or give another with {flag}")
+
+
+def test_a_repository_that_cannot_be_written(tmp_path, checkpoint):
+    file = tmp_path / "file"
+    file.touch()
+    one_line_error(run("add", checkpoint, "--model-repository", file / "models"), f"{file}")
+
+
+def test_what_the_environment_sets_for_the_gateway_is_looked_at_first(checkpoint):
+    result = run("serve", checkpoint, GATEWAY_MAX_ITEMS="many", PATH="/usr/bin:/bin")
+    one_line_error(result, "the environment's GATEWAY_MAX_ITEMS is 'many': input should be a valid integer")
+
+
+def test_a_chat_template_is_refused_in_one_line(checkpoint):
+    one_line_error(
+        run("serve", checkpoint, "--chat-template", "gme-qwen2-vl"), "--chat-template gme-qwen2-vl is for"
+    )
+
+
+def test_two_models_cannot_have_one_served_name(tmp_path, checkpoint):
+    repository = ["--model-repository", tmp_path / "models"]
+    assert run("add", checkpoint, "--name", "a", "--served-model-name", "x", *repository).returncode == 0
+    assert run("add", checkpoint, "--name", "a", "--served-model-name", "x", *repository).returncode == 0, (
+        "the same"
+    )
+    one_line_error(
+        run("add", checkpoint, "--name", "b", "--served-model-name", "x", *repository), "is served as 'x'"
+    )
+    one_line_error(run("add", checkpoint, "--name", "x", *repository), "the model a is served as 'x' already")
 
 
 def test_an_empty_repository(tmp_path):
@@ -124,6 +154,7 @@ def served(repository, checkpoints, options, scratch):
 def test_a_given_checkpoint_is_served_alone(tmp_path, checkpoint):
     repository, scratch = tmp_path / "models", tmp_path / "scratch"
     models.add(repository, str(checkpoint), "kept", {})
+    models.add(scratch, str(checkpoint), "left-by-a-killed-process", {})
     found, ((name, options),) = served(repository, [str(checkpoint)], {"dtype": "float32"}, scratch)
     assert (found, name, options.dtype) == (scratch, "tiny", "float32")
     assert not scratch.exists(), "it is deleted afterwards"

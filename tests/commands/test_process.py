@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from triton_embeddings import server_binary
 from triton_embeddings.errors import CommandError
 from triton_embeddings.launch import explain_exit
@@ -56,6 +57,29 @@ def test_children_do_not_outlive_a_killed_parent(tmp_path):
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     wait_until(lambda: not is_alive(child))
+
+
+def test_set_up_that_is_stopped_stops_what_it_runs(tmp_path):
+    """SIGTERM in the middle of an installation."""
+    setup = tmp_path / "scripts" / "setup"
+    setup.parent.mkdir()
+    setup.write_text((ROOT / "scripts" / "setup").read_text())
+    for name in ("constraints.txt", "pyproject.toml"):
+        (tmp_path / name).touch()
+    # Stands in for the virtual environment's Python, and so for pip.
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{MILD}" {tmp_path / "pid"}\n')
+    python.chmod(0o755)
+    code = (
+        f"import importlib.machinery as m; s = m.SourceFileLoader('s', {str(setup)!r}).load_module(); "
+        f"s.find_python = lambda: {str(python)!r}; s.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.DEVNULL)
+    child = pid_in(tmp_path / "pid")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+    wait_until(lambda: not is_alive(child))
+    assert not (tmp_path / ".venv" / ".ready").exists()
 
 
 def test_zero_is_any_free_port():

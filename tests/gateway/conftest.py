@@ -27,5 +27,7 @@ async def inference():
 
 @pytest.fixture
 async def client(inference):
-    async with running(inference, max_body_bytes=100_000, max_items=10, canary_interval_s=0.2) as made:
+    async with running(
+        inference, max_body_bytes=100_000, max_items=10, max_token_ids=30, canary_interval_s=0.2
+    ) as made:
         yield made

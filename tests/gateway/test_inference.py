@@ -1,22 +1,33 @@
 """The parts of the way to the server that need no server; tests/server has the rest."""
 
+import dataclasses
+
 import pytest
 from tritonclient.utils import InferenceServerException
 
 from backends.contract import ErrorCode
 from gateway.errors import RefusedItem, ServerFault, TimedOut, Unavailable
 from gateway.inference import GrpcInference, _cut
+from tests.support.fake_inference import PIPELINE
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 11])
 def test_cuts_are_within_the_batch_size_and_complete(count):
     items = [b"x" * (i * 7 % 5) for i in range(count)]
-    parts = _cut(items, 4)
+    parts = _cut(items, PIPELINE)
     assert sorted(i for part in parts for i in part) == list(range(count))
     assert all(len(part) <= 4 for part in parts)
     if count > 4:
         sizes = [len(items[i]) for part in parts for i in part]
         assert sizes == sorted(sizes), "items of about one size share a server request"
+
+
+def test_cuts_are_within_the_token_budget():
+    pipeline = dataclasses.replace(PIPELINE, max_batch_tokens=20)
+    items = [b"x" * n for n in (4, 4, 4, 4, 1000, 4)]
+    # 4 tokens each by their bytes, and 16 for the one over the model's limit.
+    assert _cut(items, pipeline) == [[0, 1, 2, 3], [5, 4]]
+    assert _cut([b"x" * 1000] * 3, pipeline) == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 import asyncio
 import base64
+import dataclasses
+import re
 
 import numpy as np
 import openai
 import pytest
 
 from backends.contract import ErrorCode
+from gateway.app import create_app
 from gateway.errors import RefusedItem, ServerFault, TimedOut, Unavailable
+from gateway.settings import Settings
 from tests.gateway.conftest import running
-from tests.support.fake_inference import FakeInference, vector
+from tests.support.fake_inference import PIPELINE, FakeInference, vector
 
 
 async def post(client, body, path="/v1/embeddings"):
@@ -118,7 +122,18 @@ async def test_extras_become_request_parameters(client, inference, fields, param
             "input[0] holds a string; a list of token ids holds whole numbers only",
             "input",
         ),
-        ({"input": [[1.5]]}, "input[0] holds a number with a fraction", "input"),
+        ({"input": [[1.5]]}, "input[0] holds a number that is not whole", "input"),
+        (
+            b'{"input": [1000000000000000000000000000000]}',
+            "input[0] is a number that is not whole, or is huge",
+            "input",
+        ),
+        (
+            {"input": [[1] * 20, [1] * 11]},
+            "input has 31 token ids; at most 30 can be sent in one request",
+            "input",
+        ),
+        ({"input": "a", "prompt": "x\0y"}, "prompt holds a NUL character", "prompt"),
         ({"input": [True]}, "input[0] is a boolean", "input"),
         ({"input": [-1]}, "-1 is no token id of any model", "input"),
         ({"input": [2**31]}, "check_embedding_ctx_length=False", "input"),
@@ -238,8 +253,56 @@ async def test_routes_that_are_not_there(client, method, path):
 async def test_docs_show_the_request(client):
     assert (await client.get("/docs")).status_code == 200
     schema = (await client.get("/openapi.json")).json()
-    body = schema["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {"input", "dimensions", "prompt_name", "truncate"} <= set(body["properties"])
+    body = schema["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]
+    assert {"input", "dimensions", "prompt_name", "truncate"} <= set(body["schema"]["properties"])
+    assert (await post(client, body["example"])).status_code == 200, "what the page offers to send"
+
+
+async def test_docs_need_no_other_machine(client):
+    page = (await client.get("/docs")).text
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert sources
+    assert all(source.startswith("/") for source in sources)
+    for source in sources:
+        assert (await client.get(source)).status_code == 200
+
+
+async def test_the_limits_are_openai_s_unless_set():
+    inference = FakeInference()
+    async with running(inference) as client:
+        assert (await post(client, {"input": ["a"] * 2048})).status_code == 200
+        answer = await post(client, {"input": ["a"] * 2049})
+    assert answer.status_code == 400
+    assert "at most 2048" in error_of(answer)["message"]
+
+
+async def test_a_model_for_another_task_says_what_it_serves():
+    other = dataclasses.replace(PIPELINE, served_model_name="other", tasks=frozenset({"score"}))
+    async with running(FakeInference([other, PIPELINE])) as client:
+        answer = await post(client, {"input": "a", "model": "other"})
+        assert (await post(client, {"input": "a"})).json()["model"] == "org/tiny", (
+            "the first that serves the task"
+        )
+    assert answer.status_code == 400
+    assert error_of(answer)["message"] == "the model other does not serve embed; it serves score"
+
+
+async def test_a_client_that_leaves_while_it_sends_is_no_error(inference, caplog):
+    app = create_app(Settings(), inference)
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    sent = []
+
+    async def receive():
+        return next(messages)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [], "query_string": b""}
+    async with app.router.lifespan_context(app):
+        await app(scope, receive, send)
+    assert sent[0]["status"] == 499
+    assert "Traceback" not in caplog.text
 
 
 async def test_requests_do_not_mix():

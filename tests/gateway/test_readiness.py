@@ -24,7 +24,9 @@ async def test_ready_after_a_real_inference_of_every_model():
         assert body["status"] == "not ready"
         inference.release.set()
         body = await until(client, 200)
-    assert body["models"] == {name: {"ready": True, "reason": None} for name in ("org/tiny", "other")}
+    assert body["models"] == {
+        name: {"ready": True, "reason": None, "has_failed": False} for name in ("org/tiny", "other")
+    }
     assert {items[0] for items, _ in inference.calls} == {b"ready?"}
 
 
@@ -56,6 +58,44 @@ async def test_an_unexpected_error_does_not_end_the_watch():
         await until(client, 200)
 
 
+async def test_a_model_that_hangs_does_not_hold_up_the_others():
+    other = dataclasses.replace(PIPELINE, name="other", served_model_name="other")
+    inference = FakeInference([PIPELINE, other])
+    answer = inference.infer
+
+    async def infer(pipeline, *rest):
+        if pipeline is PIPELINE:
+            await asyncio.Event().wait()
+        return await answer(pipeline, *rest)
+
+    inference.infer = infer
+    async with running(inference, canary_interval_s=0.05, patience_s=0.2) as client:
+        while (body := await until(client, 503))["models"] == {}:
+            await asyncio.sleep(0.01)
+        while not (body := await until(client, 503))["models"]["other"]["ready"]:
+            await asyncio.sleep(0.01)
+        while "no answer in 0.2 s" not in str(body["models"]["org/tiny"]["reason"]):
+            await asyncio.sleep(0.01)
+            body = await until(client, 503)
+    assert body["models"]["other"] == {"ready": True, "reason": None, "has_failed": False}
+
+
+async def test_two_models_of_one_name_are_not_ready_when_one_of_them_fails():
+    twin = dataclasses.replace(PIPELINE, name="twin")
+    inference = FakeInference([PIPELINE, twin])
+    answer = inference.infer
+
+    async def infer(pipeline, *rest):
+        if pipeline is PIPELINE:
+            raise Unavailable("dead")
+        return await answer(pipeline, *rest)
+
+    inference.infer = infer
+    async with running(inference, canary_interval_s=0.05) as client:
+        while (await until(client, 503))["models"].get("org/tiny", {}).get("reason") != "dead":
+            await asyncio.sleep(0.01)
+
+
 async def test_only_the_model_fails():
     inference = FakeInference()
 
@@ -68,7 +108,7 @@ async def test_only_the_model_fails():
         inference.fault = Unavailable("its process died")
         body = await until(client, 503)
     assert body["reason"] is None
-    assert body["models"] == {"org/tiny": {"ready": False, "reason": "its process died"}}
+    assert body["models"] == {"org/tiny": {"ready": False, "reason": "its process died", "has_failed": True}}
 
 
 async def test_a_server_without_models_is_not_ready():

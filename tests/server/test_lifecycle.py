@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tritonclient.http
 
 from tests.conftest import ROOT
@@ -128,6 +129,19 @@ def test_weights_of_another_model(checkpoint):
     assert re.search(
         r"error: the model tiny cannot be loaded: .* lacks \d+ weights of a BertModel", result.stderr
     )
+
+
+def test_a_model_that_loads_but_fails_is_told(checkpoint):
+    """Its tokenizer knows more tokens than it has embeddings for."""
+    weights = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+    weights[name] = weights[name][:8].clone()
+    safetensors.torch.save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    config = checkpoint / "config.json"
+    write_json(config, {**json.loads(config.read_text()), "vocab_size": 8})
+    result = failed(checkpoint)
+    assert result.returncode == 1
+    assert "error: the model tiny is loaded but fails: the model failed on this request" in result.stderr
 
 
 def test_the_server_s_own_command(tmp_path):

@@ -20,6 +20,7 @@ PIPELINE = Pipeline(
     dimensions=8,
     max_length=16,
     max_batch_size=4,
+    max_batch_tokens=64,
 )
 
 
@@ -33,7 +34,7 @@ class FakeInference:
         self.is_closed = False
         self.release = asyncio.Event()
         self.release.set()
-        self._last: float | None = None
+        self._last: dict[str, float] = {}
 
     async def pipelines(self) -> list[Pipeline]:
         if self.fault is not None:
@@ -45,7 +46,7 @@ class FakeInference:
         await self.release.wait()
         if self.fault is not None:
             raise self.fault
-        self._last = time.monotonic()
+        self._last[pipeline.name] = time.monotonic()
         rows = {
             DENSE: np.stack([vector(item, parameters.get("dimensions", 8)) for item in items]),
             N_TOKENS: np.array([[len(item)] for item in items], np.int32),
@@ -54,7 +55,7 @@ class FakeInference:
         return {name: rows[name] for name in outputs}
 
     def last_success(self, pipeline: Pipeline) -> float | None:
-        return self._last
+        return self._last.get(pipeline.name)
 
     async def close(self) -> None:
         self.is_closed = True

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+
 
 class TritonModelException(Exception):
     pass
@@ -58,6 +60,15 @@ class Request:
     inputs: dict[str, np.ndarray]
     given: dict[str, Any] = field(default_factory=dict)
     wanted: tuple[str, ...] = ("input_ids", "length", "n_tokens", "truncated", "hidden", "dense")
+
+    sent: list["InferenceResponse"] = field(default_factory=list)
+
+    def get_response_sender(self) -> "Request":
+        return self
+
+    def send(self, response: InferenceResponse, flags: int) -> None:
+        assert flags == TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        self.sent.append(response)
 
     def parameters(self) -> str:
         return json.dumps(self.given)

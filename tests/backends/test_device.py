@@ -1,0 +1,38 @@
+import logging
+
+import pytest
+import torch
+
+from backends import device
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("probes", "expected"),
+    [
+        ({"_is_avx512_bf16_supported": True, "_is_amx_tile_supported": False}, torch.bfloat16),
+        ({"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": True}, torch.bfloat16),
+        ({"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": False}, torch.float32),
+    ],
+)
+def test_auto_is_what_the_processor_multiplies(monkeypatch, probes, expected):
+    for name, answer in probes.items():
+        monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer)
+    assert device.compute_dtype("auto", CPU) is expected
+    assert device.compute_dtype("float32", CPU) is torch.float32
+    assert device.compute_dtype("float16", CPU) is torch.float16
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((9, 0), torch.bfloat16), ((7, 5), torch.float32)])
+def test_auto_on_a_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert device.compute_dtype("auto", torch.device("cuda:0")) is expected
+
+
+def test_without_cuda_a_gpu_s_instance_runs_on_the_cpu_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        assert device.place("cuda:1") == CPU
+    assert "has no CUDA: running on the CPU" in caplog.text
+    assert device.place("cpu") == CPU
