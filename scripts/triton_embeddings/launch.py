@@ -73,10 +73,11 @@ class Stop:
 
     def __init__(self) -> None:
         self._event = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # nohup has SIGHUP ignored: that is to stay.
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._set)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._set)
+        # nohup has SIGHUP ignored: that is to stay.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._set)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         self._event.set()
