@@ -26,6 +26,15 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# The last ones are what transformers makes a tokenizer of where there is no tokenizer.json.
+_TOKENIZERS = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+)
 _LFS_POINTER = b"version https://git-lfs"
 # The tokenizer's way to say that it knows no limit is a huge number (transformers' VERY_LARGE_INTEGER is
 # 1e30).
@@ -60,6 +69,8 @@ class Checkpoint:
     default_prompt_name: str | None
     max_length: int
     """Tokens of one text, special tokens included."""
+    notes: tuple[str, ...]
+    """What had to be guessed, for the person who serves it."""
     sentence_model_type: str
     """config_sentence_transformers.json's model_type: SentenceTransformer, CrossEncoder,
     SparseEncoder, ColBERT ...
@@ -107,10 +118,7 @@ class Checkpoint:
         if not isinstance(config.get("hidden_size"), int):
             raise CheckpointError(f"{transformer_path / 'config.json'} has no hidden_size")
         check_weights(transformer_path)
-        if not any(
-            (transformer_path / name).is_file()
-            for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
-        ):
+        if not any((transformer_path / name).is_file() for name in _TOKENIZERS):
             raise CheckpointError(f"{transformer_path} has no tokenizer; a tokenizer.json belongs there")
         transformer = next(
             (found for name in _TRANSFORMER_CONFIGS if (found := _read_json(transformer_path / name))), {}
@@ -126,11 +134,13 @@ class Checkpoint:
                 f"{default_prompt_name!r}, "
                 f"which is not one of its prompts ({', '.join(prompts) or 'it has none'})"
             )
+        modules, notes = _modules(path, config, declared)
         return cls(
             path=path,
             config=config,
             transformer_path=transformer_path,
-            modules=_modules(path, config, declared),
+            modules=modules,
+            notes=notes,
             prompts=prompts,
             default_prompt_name=default_prompt_name if default_prompt_name in prompts else None,
             max_length=_max_length(transformer_path, config, transformer, max_length),
@@ -224,24 +234,29 @@ def _declared_modules(path: Path) -> list[tuple[str, str, str]]:
 
 def _modules(
     path: Path, config: Mapping[str, Any], declared: list[tuple[str, str, str]]
-) -> tuple[Module, ...]:
+) -> tuple[tuple[Module, ...], tuple[str, ...]]:
+    """The chain, and what had to be guessed of it."""
     if declared:
-        return tuple(
-            Module(kind, path / folder, _read_json(path / folder / "config.json"))
+        chain = tuple(
+            Module(kind, path / folder, _read_json(path / folder / "config.json", required=kind == "Pooling"))
             for kind, folder, _ in declared[1:]
             if kind != "Dropout"  # does nothing outside training
         )
+        return chain, ()
     pooling = path / "1_Pooling"
     if (pooling / "config.json").is_file():
-        return (Module("Pooling", pooling, _read_json(pooling / "config.json")),)
+        note = "it has no modules.json: its embeddings are pooled as 1_Pooling says, and not normalised"
+        return (Module("Pooling", pooling, _read_json(pooling / "config.json")),), (note,)
     # *Source:* sentence-transformers 6.2 gives a bare transformer mean pooling, a causal language model its
     # last token, and neither a Normalize.
     architecture = str((config.get("architectures") or [""])[0])
     is_causal = architecture.endswith("ForCausalLM") and config.get("is_causal") is not False
     mode = "lasttoken" if is_causal else "mean"
-    return (
-        Module("Pooling", pooling, {"embedding_dimension": config.get("hidden_size"), "pooling_mode": mode}),
+    note = (
+        f"it has no modules.json: its embeddings are the {mode} of its tokens, not normalised, as "
+        "sentence-transformers makes them; if it was trained otherwise, they are wrong"
     )
+    return (Module("Pooling", pooling, {"pooling_mode": mode}),), (note,)
 
 
 def _max_length(

@@ -159,6 +159,8 @@ class PipelineSpec:
     outputs: tuple[TensorSpec, ...]
     stages: tuple[StageSpec, ...]
     parameters: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What had to be guessed of the checkpoint, for the person who serves it."""
 
 
 def entry_name(pipeline: str, stage: str) -> str:

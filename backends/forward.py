@@ -145,6 +145,8 @@ def _load(load: Loader, attention: str | None, name: str) -> torch.nn.Module:
         return load(attention)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "ignore_mismatched_sizes" in first_line:
+            first_line = "they have other shapes than config.json says"
         raise CheckpointError(f"the weights of {name} cannot be loaded: {first_line}") from error
 
 

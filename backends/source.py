@@ -39,6 +39,8 @@ def reference_of(checkpoint: str) -> str:
 
     Raises CheckpointError when nothing is there.
     """
+    if not checkpoint:
+        raise CheckpointError("the checkpoint is an empty string; give a directory, a package or a hub id")
     if checkpoint.startswith(PACKAGE):
         _package_path(checkpoint)
         return checkpoint

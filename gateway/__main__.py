@@ -9,11 +9,16 @@ import uvicorn
 from gateway.app import create_app
 from gateway.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 
 def main() -> None:
     """Serves until SIGTERM or Ctrl-C, then finishes the requests that it has accepted."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings()
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logger.info("listening on %s:%d, inference server %s", settings.host, settings.port, settings.server)
     uvicorn.run(
         create_app(settings),
         host=settings.host,

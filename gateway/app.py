@@ -80,12 +80,14 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     """Routes that do not exist, and methods that a route does not have."""
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}"
-    text = (
-        f"{what} does not exist here; /docs lists what does"
-        if error.status_code in (404, 405)
-        else error.detail
-    )
-    return _respond(request, BadRequest(text, code="not_found"), error.status_code, error.headers)
+    allowed = (error.headers or {}).get("Allow")
+    if error.status_code == 405 and allowed:
+        fault = BadRequest(f"{what} does not exist here, but {allowed} does", code="method_not_allowed")
+    elif error.status_code == 404:
+        fault = BadRequest(f"{what} does not exist here; /docs lists what does", code="not_found")
+    else:
+        fault = BadRequest(str(error.detail))
+    return _respond(request, fault, error.status_code, error.headers)
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

@@ -167,7 +167,7 @@ class GrpcInference:
         if failure is not None and failure.code is not ErrorCode.INTERNAL:
             return RefusedItem(failure.message, item=failure.item, reason=failure.code)
         if failure is None and _DEAD_STUB.search(message):
-            logger.error("%s: %s", subject, message)
+            logger.debug("%s: %s", subject, message)
             return Unavailable(f"the model {subject} does not answer at the moment; try again in a while")
         if status == _status(grpc.StatusCode.DEADLINE_EXCEEDED):
             return TimedOut(

@@ -66,7 +66,8 @@ class Readiness:
         models: dict[str, str | None] = {}
         for pipeline in self._catalog.pipelines:
             name = pipeline.served_model_name
-            models[name] = models.get(name) or self._fault(pipeline)
+            # Without the server no model answers, whatever it did a moment ago.
+            models[name] = models.get(name) or self._reason or self._fault(pipeline)
         failed = {p.served_model_name for p in self._catalog.pipelines if p.name in self._failures}
         return Report(models, frozenset(failed), self._reason)
 

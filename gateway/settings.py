@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -27,5 +29,6 @@ class Settings(BaseSettings):
     """How often a model without traffic is asked whether it still answers."""
     patience_s: float = Field(60.0, gt=0)
     """How long a busy model may be silent before /ready doubts it; one that fails is told at once."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_timeout_s: int = Field(30, ge=1)
     """How long a stopping gateway waits for the requests that it has accepted."""

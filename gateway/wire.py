@@ -95,8 +95,8 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
 
 
 def _explain(error: Any) -> str:
-    text: str = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return text if error["type"] == "value_error" else f"it takes {text}"
+    text: str = error["msg"]
+    return text.removeprefix("Value error, ").replace("Input should be", "it should be")
 
 
 def _shorten(value: Any) -> str:

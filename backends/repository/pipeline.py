@@ -40,8 +40,8 @@ def build_pipeline(
     """The entries that serve a checkpoint under a name. Raises CheckpointError or OptionError."""
     if not _NAME.fullmatch(name):
         raise OptionError(
-            f"the name {name!r} cannot be used; letters, digits, '.', '_' and '-' can "
-            "(served_model_name takes more)"
+            f"the name {name!r} cannot be used; give one of letters, digits, '.', '_' and '-' with --name "
+            "(--served-model-name takes any)"
         )
     family = family_of(checkpoint, options.model_type)
     heads = heads_of(checkpoint, options)
@@ -59,6 +59,7 @@ def build_pipeline(
         outputs=(*outputs, *account),
         stages=stages,
         parameters=_describe(name, reference, checkpoint, options, family, heads),
+        notes=checkpoint.notes,
     )
     check_wiring(pipeline)
     return pipeline

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import RedirectResponse
 
 from gateway.endpoints.dialect import Dialect, services
 from gateway.errors import GatewayError
@@ -13,12 +14,20 @@ from gateway.wire import respond
 router = APIRouter()
 
 
+@router.get("/", include_in_schema=False)
+async def root() -> Response:
+    """A person who opens the address in a browser."""
+    return RedirectResponse("/docs")
+
+
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Whether the gateway is alive")
 async def health() -> Response:
     """200 as long as the gateway's process runs, whatever the models do."""
     return respond({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="Whether every model answers")
 async def ready(request: Request) -> Response:
     """200 when a real inference of every model went through lately, else 503 with the reasons."""

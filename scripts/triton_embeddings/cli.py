@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -14,6 +15,7 @@ from backends.contract import PipelineParameter
 from backends.errors import BackendError
 from backends.repository.writer import list_pipelines
 from backends.repository.writer import remove as remove_pipeline
+from backends.source import default_name
 from triton_embeddings import models
 from triton_embeddings.errors import CommandError
 from triton_embeddings.flags import rewrite
@@ -23,10 +25,12 @@ from triton_embeddings.server_binary import scratch_directory
 app = typer.Typer(
     help="Serve embedding models on NVIDIA Triton Inference Server.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False)
+# Not wrapped where it is no terminal, so that the output can be searched.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 400)
 
 Repository = Annotated[
     Path | None,
@@ -65,6 +69,21 @@ _PORT: dict[str, Any] = {"min": 0, "max": 65535}
 _CHECKPOINT_HELP = "A directory, package:PACKAGE/PATH, or an id of the Hugging Face hub."
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        console.print(importlib.metadata.version("triton-embeddings"))
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve embedding models on NVIDIA Triton Inference Server."""
+
+
 @app.command()
 def add(
     checkpoint: Annotated[str, typer.Argument(help=_CHECKPOINT_HELP)],
@@ -89,10 +108,14 @@ def add(
     """Write the model repository's entries of a checkpoint; its weights stay where they are."""
     options = _given(locals())
     repository = model_repository or models.default_repository()
+    is_replaced = any(
+        entry.name == (name or default_name(checkpoint)) for entry in list_pipelines(repository)
+    )
     pipeline = models.add(repository, checkpoint, name, options)
     facts = pipeline.parameters
     console.print(
-        f"added {pipeline.name}: {facts[PipelineParameter.FAMILY]}, {facts[PipelineParameter.TASKS]}, "
+        f"{'replaced' if is_replaced else 'added'} {pipeline.name}: "
+        f"{facts[PipelineParameter.FAMILY]}, {facts[PipelineParameter.TASKS]}, "
         f"{facts[PipelineParameter.DIMENSIONS]} dimensions, {facts[PipelineParameter.MAX_LENGTH]} tokens, "
         f"from {facts[PipelineParameter.CHECKPOINT]}",
         soft_wrap=True,
@@ -120,12 +143,21 @@ def list_models(model_repository: Repository = None) -> None:
         )
         return
     table = Table(
-        "name", "family", "tasks", "dimensions", "max tokens", "checkpoint", box=None, padding=(0, 3, 0, 0)
+        "name",
+        "served as",
+        "family",
+        "tasks",
+        "dimensions",
+        "max tokens",
+        "checkpoint",
+        box=None,
+        padding=(0, 3, 0, 0),
     )
     table.columns[-1].overflow = "fold"
     for entry in entries:
         facts = entry.parameters
         columns = (
+            PipelineParameter.SERVED_MODEL_NAME,
             PipelineParameter.FAMILY,
             PipelineParameter.TASKS,
             PipelineParameter.DIMENSIONS,

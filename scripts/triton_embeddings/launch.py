@@ -12,8 +12,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -52,14 +52,30 @@ class Addresses:
     metrics_port: int
 
     def claim(self) -> Addresses:
-        """The same with free ports for zeros. Raises CommandError for a taken port."""
-        return Addresses(
-            self.host,
-            claim_port(self.host, self.port, "--port"),
-            claim_port(_LOOPBACK, self.http_port, "--http-port"),
-            claim_port(_LOOPBACK, self.grpc_port, "--grpc-port"),
-            claim_port(_LOOPBACK, self.metrics_port, "--metrics-port"),
-        )
+        """The same with free ports for zeros.
+
+        Raises CommandError, which names every port that cannot be used.
+        """
+        wanted = {
+            "--port": (self.host, self.port),
+            "--http-port": (_LOOPBACK, self.http_port),
+            "--grpc-port": (_LOOPBACK, self.grpc_port),
+            "--metrics-port": (_LOOPBACK, self.metrics_port),
+        }
+        claimed: dict[str, int] = {}
+        faults = []
+        for flag, (host, port) in wanted.items():
+            same = next((other for other, number in claimed.items() if number == port), None)
+            if same is not None:
+                faults.append(f"{same} and {flag} are both {port}; give one of them another")
+                continue
+            try:
+                claimed[flag] = claim_port(host, port, flag)
+            except CommandError as error:
+                faults.append(str(error))
+        if faults:
+            raise CommandError("; ".join(dict.fromkeys(faults)))
+        return Addresses(self.host, *claimed.values())
 
     @property
     def url(self) -> str:
@@ -69,17 +85,26 @@ class Addresses:
 
 
 class Stop:
-    """Set by Ctrl-C, SIGTERM or SIGHUP."""
+    """Set by Ctrl-C, SIGTERM or SIGHUP. The second one ends the children at once."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._children: list[Child] = []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._set)
         # nohup has SIGHUP ignored: that is to stay.
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self._set)
 
+    def watch_over(self, child: Child) -> Child:
+        """Makes a child one of those that the second signal ends."""
+        self._children.append(child)
+        return child
+
     def _set(self, number: int, frame: FrameType | None) -> None:
+        if self._event.is_set():
+            for child in self._children:
+                child.kill()
         self._event.set()
 
     def wait(self, timeout_s: float) -> bool:
@@ -90,6 +115,7 @@ class Stop:
 def launch(repository: Path, addresses: Addresses, console: Console, stop: Stop) -> None:
     """Serves until it is told to stop. Raises CommandError when something does not start, or dies."""
     check_packages()
+    check_paths(repository, state_directory())
     settings = _gateway_settings()
     server = find_server()
     # Once more, for a download may lie between the first look and this one.
@@ -107,21 +133,26 @@ def launch(repository: Path, addresses: Addresses, console: Console, stop: Stop)
             *_server_arguments(repository, addresses, prefix),
         ]
         # Not in the checkout: the Python backend puts the working directory before the installed packages.
-        triton = Child("tritonserver", command, server.environment, output, folder=state)
+        triton = stop.watch_over(Child("tritonserver", command, server.environment, output, folder=state))
         stack.callback(triton.stop, _SERVER_EXIT_TIMEOUT_S + 5)
-        gateway = Child(
-            "gateway", [sys.executable, "-m", "gateway"], _gateway_environment(addresses), folder=state
+        gateway_command = [sys.executable, "-m", "gateway"]
+        gateway = stop.watch_over(
+            Child("gateway", gateway_command, _gateway_environment(addresses), folder=state)
         )
         # Entered last, so left first: the gateway finishes its requests while the server still answers them.
         stack.callback(gateway.stop, settings.drain_timeout_s + 5)
-        with _progress(console, f"loading the models (tritonserver: {server.path})"):
+        started = time.monotonic()
+        with console.status("loading the models") if console.is_terminal else nullcontext():
             is_ready = _wait_until_ready(addresses, (triton, gateway), log, stop)
         if is_ready:
+            console.print(f"loaded in {time.monotonic() - started:.1f} s")
             _introduce(console, addresses, log)
             _wait_for_the_end((triton, gateway), log, stop)
-            console.print("stopping: the gateway finishes its requests, then the server ends")
-    if is_ready:
-        console.print("stopped")
+        console.print(
+            "stopping: the gateway finishes its requests, then the server ends (Ctrl-C again: at once)",
+            soft_wrap=True,
+        )
+    console.print("stopped")
 
 
 def check_packages() -> None:
@@ -133,6 +164,17 @@ def check_packages() -> None:
             "the package `kernels` of Hugging Face is installed and hides this project's own; "
             "take it away with: pip uninstall kernels"
         )
+
+
+def check_paths(*paths: Path) -> None:
+    """Raises CommandError for a path that the Python backend would cut at a blank: it starts its
+    processes by a shell.
+    """
+    for path in paths:
+        if any(character.isspace() for character in str(path.resolve())):
+            raise CommandError(
+                f"tritonserver cannot work in {path.resolve()}: move it to a path without blanks"
+            )
 
 
 def _gateway_settings() -> Settings:
@@ -171,6 +213,7 @@ def _gateway_environment(addresses: Addresses) -> dict[str, str]:
         "GATEWAY_HOST": addresses.host,
         "GATEWAY_PORT": str(addresses.port),
         "GATEWAY_SERVER": f"{_LOOPBACK}:{addresses.grpc_port}",
+        "GATEWAY_LOG_LEVEL": os.environ.get("GATEWAY_LOG_LEVEL", "warning"),
     }
 
 
@@ -217,6 +260,8 @@ def explain_exit(name: str, exit_code: int, log: Path) -> str:
             if found:
                 model = found["entry"].rsplit(".", 1)[0]
                 cause = _first_line(found["text"])
+                if "KIND_GPU" in cause or "GPU" in cause:
+                    cause += "; --device auto or cpu serves it without"
                 return f"the model {model} cannot be loaded: {cause} (the server's log: {log})"
     return f"{name} ended with exit code {exit_code} (the server's log: {log})"
 
@@ -261,24 +306,16 @@ def _introduce(console: Console, addresses: Addresses, log: Path) -> None:
         markup=False,
     )
     console.print(
-        f"tritonserver: gRPC {_LOOPBACK}:{addresses.grpc_port}, HTTP "
-        f"{_LOOPBACK}:{addresses.http_port}; its log: {log}",
-        highlight=False,
+        f"tritonserver: gRPC {_LOOPBACK}:{addresses.grpc_port}, HTTP {_LOOPBACK}:{addresses.http_port}, "
+        f"metrics http://{_LOOPBACK}:{addresses.metrics_port}/metrics",
         soft_wrap=True,
     )
+    console.print(f"its log: {log}", soft_wrap=True)
+    if addresses.host not in (_LOOPBACK, "localhost", "::1"):
+        console.print(
+            f"listening on {addresses.host}: whoever reaches this machine can use it, there are no keys"
+        )
     console.print("Ctrl-C stops everything")
-
-
-@contextmanager
-def _progress(console: Console, text: str) -> Iterator[None]:
-    started = time.monotonic()
-    if console.is_terminal:
-        with console.status(text):
-            yield
-    else:
-        console.print(text, soft_wrap=True)
-        yield
-    console.print(f"{text}: {time.monotonic() - started:.1f} s", soft_wrap=True, highlight=False)
 
 
 def _clear_shared_memory(prefix: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,11 +13,14 @@ from typing import Any
 import backends
 from backends.checkpoint import Checkpoint
 from backends.contract import PipelineParameter, PipelineSpec
+from backends.errors import BackendError
 from backends.options import ServingOptions
 from backends.repository.pipeline import build_pipeline
-from backends.repository.writer import list_pipelines, write
+from backends.repository.writer import Entry, list_pipelines, write
 from backends.source import default_name, reference_of, resolve
 from triton_embeddings.errors import CommandError
+
+logger = logging.getLogger(__name__)
 
 
 def default_repository() -> Path:
@@ -38,7 +42,10 @@ def plan(
     if max_context_batch_size is not None:
         tokens = max_context_batch_size * checkpoint.max_length
         options = dataclasses.replace(options, max_batch_tokens=tokens)
-    return build_pipeline(name, reference, checkpoint, options)
+    pipeline = build_pipeline(name, reference, checkpoint, options)
+    for note in pipeline.notes:
+        logger.warning("note on %s: %s", name, note)
+    return pipeline
 
 
 def add(repository: Path, checkpoint: str, name: str | None, options: Mapping[str, Any]) -> PipelineSpec:
@@ -54,6 +61,15 @@ def add(repository: Path, checkpoint: str, name: str | None, options: Mapping[st
             raise CommandError(f"the model {entry.name} is served as {served!r} already; give another name")
     write(repository, pipeline)
     return pipeline
+
+
+@contextmanager
+def _naming(entry: Entry) -> Iterator[None]:
+    """Errors inside begin with the model's name."""
+    try:
+        yield
+    except BackendError as error:
+        raise CommandError(f"the model {entry.name}: {error}") from error
 
 
 @contextmanager
@@ -80,8 +96,14 @@ def served_repository(
             "--served-model-name names one model, but there are several; give it to triton-embeddings add"
         )
     if entries and not options:
+        for folder in repository.iterdir():
+            if folder.is_dir() and not (folder / "config.pbtxt").is_file():
+                raise CommandError(
+                    f"{folder.resolve()} has no config.pbtxt, so tritonserver would not start; delete it"
+                )
         for entry in entries:
-            plan(entry.checkpoint, entry.name, entry.options)
+            with _naming(entry):
+                plan(entry.checkpoint, entry.name, entry.options)
         yield repository
         return
     # Process ids come back, in a container at every start: what a killed process left here is not ours.

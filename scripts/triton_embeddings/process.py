@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -58,7 +59,7 @@ class Child:
         self.kill()
 
     def kill(self) -> None:
-        """Ends it and its own children at once."""
+        """Ends it and its own children at once; does nothing when they have ended."""
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -71,18 +72,17 @@ def _die_with_parent() -> None:
 
 
 def claim_port(host: str, port: int, flag: str) -> int:
-    """The port if it is free, a free one for 0.
-
-    Raises CommandError, which names the flag, when it is taken.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise CommandError(
-                f"port {port} on {host} cannot be used ({error.strerror or error}); "
-                f"stop what listens there, or give another with {flag}"
-            ) from error
-        return int(probe.getsockname()[1])
+    """The port if it is free, a free one for 0. Raises CommandError, which names the flag that mends it."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise CommandError(f"{host} is no address of this machine; give another with --host") from error
+        raise CommandError(
+            f"port {port} on {host} cannot be used ({error.strerror or error}); "
+            f"stop what listens there, or give another with {flag}"
+        ) from error

@@ -154,9 +154,22 @@ def test_broken_weights_are_found_without_loading_them(tmp_path, harm, message):
         Checkpoint.read(path)
 
 
+def test_a_pooling_that_is_named_must_be_there(tmp_path):
+    path = sentence_transformer(tmp_path / "c", MEAN)
+    (path / "1_Pooling" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"1_Pooling has no config\.json"):
+        Checkpoint.read(path)
+
+
+def test_what_is_guessed_is_told(tmp_path):
+    assert Checkpoint.read(sentence_transformer(tmp_path / "whole", MEAN)).notes == ()
+    (note,) = Checkpoint.read(bert(tmp_path / "bare")).notes
+    assert "the mean of its tokens, not normalised" in note
+
+
 def test_no_tokenizer(tmp_path):
     path = bert(tmp_path / "c")
-    for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "vocab.txt"):
         (path / name).unlink()
     with pytest.raises(CheckpointError, match=r"has no tokenizer; a tokenizer\.json belongs there"):
         Checkpoint.read(path)

@@ -133,6 +133,38 @@ def test_two_models_cannot_have_one_served_name(tmp_path, checkpoint):
     one_line_error(run("add", checkpoint, "--name", "x", *repository), "the model a is served as 'x' already")
 
 
+def test_add_says_what_it_replaced_and_what_it_guessed(tmp_path):
+    path = bert(tmp_path / "bare")
+    repository = ["--model-repository", tmp_path / "models"]
+    added = run("add", path, *repository)
+    assert added.stdout.startswith("added bare")
+    assert added.stderr.startswith(
+        "note on bare: it has no modules.json: its embeddings are the mean of its tokens"
+    )
+    assert run("add", path, *repository).stdout.startswith("replaced bare")
+
+
+def test_a_folder_that_would_stop_the_server_is_named(tmp_path, checkpoint):
+    models.add(tmp_path / "models", str(checkpoint), "mine", {})
+    (tmp_path / "models" / "empty").mkdir()
+    one_line_error(
+        run("serve", "--model-repository", tmp_path / "models"), "models/empty has no config.pbtxt"
+    )
+
+
+def test_a_checkpoint_that_went_away_names_its_model(tmp_path, checkpoint):
+    models.add(tmp_path / "models", str(checkpoint), "mine", {})
+    checkpoint.rename(tmp_path / "elsewhere")
+    one_line_error(
+        run("serve", "--model-repository", tmp_path / "models"), "error: the model mine: the checkpoint's"
+    )
+
+
+def test_version_and_short_help():
+    assert run("--version").stdout.strip() == "0.1.0"
+    assert "serve" in run("-h").stdout
+
+
 def test_an_empty_repository(tmp_path):
     one_line_error(run("serve", "--model-repository", tmp_path / "none"), "has no models; add one with")
 

@@ -1,5 +1,7 @@
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ import pytest
 from tests.conftest import ROOT
 from triton_embeddings import server_binary
 from triton_embeddings.errors import CommandError
-from triton_embeddings.launch import explain_exit
+from triton_embeddings.launch import Addresses, Stop, check_paths, explain_exit
 from triton_embeddings.process import Child, claim_port
 
 WRITE_PID = "import os, signal, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); "
@@ -89,8 +91,63 @@ def test_zero_is_any_free_port():
 
 
 def test_an_address_of_another_machine_is_explained():
-    with pytest.raises(CommandError, match=r"port 1 on 192\.0\.2\.1 cannot be used .* with --port"):
+    with pytest.raises(
+        CommandError, match=r"192\.0\.2\.1 is no address of this machine; give another with --host"
+    ):
         claim_port("192.0.2.1", 1, "--port")
+
+
+def test_all_ports_that_cannot_be_used_are_named_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        ports = [listener.getsockname()[1] for listener in (one, two)]
+        with pytest.raises(CommandError) as caught:
+            Addresses("127.0.0.1", ports[0], 0, ports[1], 0).claim()
+    assert re.fullmatch(
+        rf"port {ports[0]} .* with --port; port {ports[1]} .* with --grpc-port", str(caught.value)
+    )
+
+
+def test_one_port_for_two_is_refused():
+    port = claim_port("127.0.0.1", 0, "--port")
+    with pytest.raises(
+        CommandError, match=rf"--port and --http-port are both {port}; give one of them another"
+    ):
+        Addresses("127.0.0.1", port, port, 0, 0).claim()
+
+
+def test_a_path_with_a_blank_is_refused(tmp_path):
+    check_paths(tmp_path)
+    with pytest.raises(CommandError, match=r"cannot work in .*/my models: move it to a path without blanks"):
+        check_paths(tmp_path / "my models")
+
+
+def test_the_second_signal_ends_the_children_at_once():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    stop = Stop()
+    child = stop.watch_over(Child("x", [sys.executable, "-c", "import time; time.sleep(600)"], os.environ))
+    try:
+        assert not stop.wait(0)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(5)
+        assert child.exit_code is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: child.exit_code is not None)
+    finally:
+        child.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = Stop()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.wait(0.05)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_server_s_log_tells_which_model_failed(tmp_path):

@@ -142,15 +142,19 @@ async def test_extras_become_request_parameters(client, inference, fields, param
         ({"input": ["a"] * 11}, "input has 11 items; at most 10", "input"),
         (
             {"input": "a", "dimensions": 0},
-            "dimensions is 0: it takes greater than or equal to 1",
+            "dimensions is 0: it should be greater than or equal to 1",
             "dimensions",
         ),
         ({"input": "a", "dimensions": 9}, "dimensions is 9; org/tiny takes 1 to 8", "dimensions"),
-        ({"input": "a", "dimensions": "4"}, "dimensions is '4': it takes a valid integer", "dimensions"),
-        ({"input": "a", "encoding_format": "hex"}, "'hex': it takes 'float' or 'base64'", "encoding_format"),
-        ({"input": "a", "truncate": "yes"}, "truncate is 'yes': it takes a valid boolean", "truncate"),
-        ({"input": "a", "truncation_side": "up"}, "'up': it takes 'left' or 'right'", "truncation_side"),
-        ({"input": "a", "model": 3}, "model is 3: it takes a valid string", "model"),
+        ({"input": "a", "dimensions": "4"}, "dimensions is '4': it should be a valid integer", "dimensions"),
+        (
+            {"input": "a", "encoding_format": "hex"},
+            "'hex': it should be 'float' or 'base64'",
+            "encoding_format",
+        ),
+        ({"input": "a", "truncate": "yes"}, "truncate is 'yes': it should be a valid boolean", "truncate"),
+        ({"input": "a", "truncation_side": "up"}, "'up': it should be 'left' or 'right'", "truncation_side"),
+        ({"input": "a", "model": 3}, "model is 3: it should be a valid string", "model"),
         (b"", "the body is empty", None),
         (b"{", "the body is not valid JSON: unexpected end of data: line 1 column 2", None),
         (b"[1]", "the body is a JSON array; a JSON object belongs there", None),
@@ -240,14 +244,20 @@ async def test_models(client, sdk):
         await sdk.models.retrieve("org/other")
 
 
-@pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/v1/nothing"), ("GET", "/v1/embeddings"), ("POST", "/health")]
-)
-async def test_routes_that_are_not_there(client, method, path):
-    answer = await client.request(method, path)
-    assert answer.status_code in (404, 405)
-    error = error_of(answer)
-    assert f"{method} {path} does not exist here; /docs lists what does" in error["message"]
+async def test_routes_that_are_not_there(client):
+    answer = await client.get("/v1/nothing")
+    assert answer.status_code == 404
+    assert "GET /v1/nothing does not exist here; /docs lists what does" in error_of(answer)["message"]
+    answer = await client.get("/v1/embeddings")
+    assert answer.status_code == 405
+    assert error_of(answer)["message"] == "GET /v1/embeddings does not exist here, but POST does"
+    assert answer.headers["allow"] == "POST"
+
+
+async def test_what_probes_and_browsers_ask(client):
+    assert (await client.head("/health")).status_code == 200
+    answer = await client.get("/")
+    assert (answer.status_code, answer.headers["location"]) == (307, "/docs")
 
 
 async def test_docs_show_the_request(client):

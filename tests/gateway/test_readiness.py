@@ -38,6 +38,7 @@ async def test_a_model_that_stops_answering_is_named_and_comes_back():
         # Both the list of models and the model itself fail.
         body = await until(client, 503)
         assert body["reason"] == "the model is gone"
+        assert not body["models"]["org/tiny"]["ready"]
         assert (await client.get("/health")).status_code == 200
         inference.fault = None
         await until(client, 200)
