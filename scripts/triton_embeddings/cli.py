@@ -17,9 +17,11 @@ from backends.repository.writer import list_pipelines
 from backends.repository.writer import remove as remove_pipeline
 from backends.source import default_name
 from triton_embeddings import models
+from triton_embeddings.addresses import LOOPBACK, Addresses
 from triton_embeddings.errors import CommandError
 from triton_embeddings.flags import rewrite
-from triton_embeddings.launch import Addresses, Stop, launch
+from triton_embeddings.launch import launch
+from triton_embeddings.process import Stop
 from triton_embeddings.server_binary import scratch_directory
 
 app = typer.Typer(
@@ -64,7 +66,6 @@ TrustRemoteCode = Annotated[
 ChatTemplate = Annotated[str | None, typer.Option(hidden=True)]
 MaxContextBatchSize = Annotated[int | None, typer.Option(hidden=True)]
 
-_LOOPBACK = "127.0.0.1"
 _PORT: dict[str, Any] = {"min": 0, "max": 65535}
 _CHECKPOINT_HELP = "A directory, package:PACKAGE/PATH, or an id of the Hugging Face hub."
 
@@ -176,9 +177,7 @@ def serve(
             help=f"{_CHECKPOINT_HELP} Served alone; without one, everything in the model repository."
         ),
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address of the gateway; 0.0.0.0 is every interface.")
-    ] = _LOOPBACK,
+    host: Annotated[str, typer.Option(help="Address of the gateway; 0.0.0.0 is every interface.")] = LOOPBACK,
     port: Annotated[int, typer.Option(**_PORT, help="Port of the gateway; 0 is any free one.")] = 30000,
     http_port: Annotated[int, typer.Option(**_PORT, help="tritonserver's HTTP port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(**_PORT, help="tritonserver's gRPC port.")] = 8001,

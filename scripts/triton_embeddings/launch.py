@@ -2,121 +2,42 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import re
-import signal
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from gateway.settings import Settings
+from triton_embeddings.addresses import LOOPBACK, Addresses
 from triton_embeddings.errors import CommandError
-from triton_embeddings.process import Child, claim_port
+from triton_embeddings.preflight import check_packages, check_paths, read_gateway_settings
+from triton_embeddings.process import Child, Stop
 from triton_embeddings.server_binary import find_server, state_directory
+from triton_embeddings.server_log import explain_exit
 
-_LOOPBACK = "127.0.0.1"
 _POLL_INTERVAL_S = 0.1
-# The gateway is drained by then. With a model whose process died the server always waits for this long
-# (2.51).
+# The gateway is drained by then. Server 2.51 always waits this long when a process of a model died.
 _SERVER_EXIT_TIMEOUT_S = 10
 # A model of several billion parameters takes minutes to read from a slow disk.
 _START_TIMEOUT_S = 1800
 # A model that is loaded but fails every request will not mend itself.
 _FAILURE_PATIENCE_S = 10
-_LOAD_ERROR = re.compile(r"failed to load '(?P<entry>[^']+)' version \d+: (?P<status>[^:]+): (?P<text>.*)")
 _SHARED_MEMORY = Path("/dev/shm")
-
-
-@dataclass(frozen=True)
-class Addresses:
-    """Where things listen; the server on loopback only."""
-
-    host: str
-    port: int
-    http_port: int
-    grpc_port: int
-    metrics_port: int
-
-    def claim(self) -> Addresses:
-        """The same with free ports for zeros.
-
-        Raises CommandError, which names every port that cannot be used.
-        """
-        wanted = {
-            "--port": (self.host, self.port),
-            "--http-port": (_LOOPBACK, self.http_port),
-            "--grpc-port": (_LOOPBACK, self.grpc_port),
-            "--metrics-port": (_LOOPBACK, self.metrics_port),
-        }
-        claimed: dict[str, int] = {}
-        faults = []
-        for flag, (host, port) in wanted.items():
-            same = next((other for other, number in claimed.items() if number == port), None)
-            if same is not None:
-                faults.append(f"{same} and {flag} are both {port}; give one of them another")
-                continue
-            try:
-                claimed[flag] = claim_port(host, port, flag)
-            except CommandError as error:
-                faults.append(str(error))
-        if faults:
-            raise CommandError("; ".join(dict.fromkeys(faults)))
-        return Addresses(self.host, *claimed.values())
-
-    @property
-    def url(self) -> str:
-        """The gateway as a client on this machine reaches it."""
-        host = "localhost" if self.host in ("0.0.0.0", "::", _LOOPBACK) else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
-
-
-class Stop:
-    """Set by Ctrl-C, SIGTERM or SIGHUP. The second one ends the children at once."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self._children: list[Child] = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._set)
-        # nohup has SIGHUP ignored: that is to stay.
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, self._set)
-
-    def watch_over(self, child: Child) -> Child:
-        """Makes a child one of those that the second signal ends."""
-        self._children.append(child)
-        return child
-
-    def _set(self, number: int, frame: FrameType | None) -> None:
-        if self._event.is_set():
-            for child in self._children:
-                child.kill()
-        self._event.set()
-
-    def wait(self, timeout_s: float) -> bool:
-        """Waits that long; whether it is time to stop."""
-        return self._event.wait(timeout_s)
 
 
 def launch(repository: Path, addresses: Addresses, console: Console, stop: Stop) -> None:
     """Serves until it is told to stop. Raises CommandError when something does not start, or dies."""
     check_packages()
     check_paths(repository, state_directory())
-    settings = _gateway_settings()
+    settings = read_gateway_settings()
     server = find_server()
     # Once more, for a download may lie between the first look and this one.
     addresses = addresses.claim()
@@ -155,40 +76,6 @@ def launch(repository: Path, addresses: Addresses, console: Console, stop: Stop)
     console.print("stopped")
 
 
-def check_packages() -> None:
-    """Raises CommandError when another package of the same name hides one of ours."""
-    spec = importlib.util.find_spec("kernels")
-    places = list(spec.submodule_search_locations or []) if spec else []
-    if not any((Path(place) / "packed_attention.py").is_file() for place in places):
-        raise CommandError(
-            "the package `kernels` of Hugging Face is installed and hides this project's own; "
-            "take it away with: pip uninstall kernels"
-        )
-
-
-def check_paths(*paths: Path) -> None:
-    """Raises CommandError for a path that the Python backend would cut at a blank: it starts its
-    processes by a shell.
-    """
-    for path in paths:
-        if any(character.isspace() for character in str(path.resolve())):
-            raise CommandError(
-                f"tritonserver cannot work in {path.resolve()}: move it to a path without blanks"
-            )
-
-
-def _gateway_settings() -> Settings:
-    """What the gateway will read, looked at before anything is started."""
-    try:
-        return Settings()
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = f"GATEWAY_{first['loc'][0]}".upper()
-        raise CommandError(
-            f"the environment's {name} is {first['input']!r}: {first['msg'].lower()}"
-        ) from error
-
-
 def _server_arguments(repository: Path, addresses: Addresses, shared_memory_prefix: str) -> list[str]:
     return [
         f"--model-repository={repository.resolve()}",
@@ -196,11 +83,11 @@ def _server_arguments(repository: Path, addresses: Addresses, shared_memory_pref
         # mode.
         "--model-control-mode=explicit",
         "--load-model=*",
-        f"--http-address={_LOOPBACK}",
+        f"--http-address={LOOPBACK}",
         f"--http-port={addresses.http_port}",
-        f"--grpc-address={_LOOPBACK}",
+        f"--grpc-address={LOOPBACK}",
         f"--grpc-port={addresses.grpc_port}",
-        f"--metrics-address={_LOOPBACK}",
+        f"--metrics-address={LOOPBACK}",
         f"--metrics-port={addresses.metrics_port}",
         f"--exit-timeout-secs={_SERVER_EXIT_TIMEOUT_S}",
         f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix}",
@@ -212,7 +99,7 @@ def _gateway_environment(addresses: Addresses) -> dict[str, str]:
         **os.environ,
         "GATEWAY_HOST": addresses.host,
         "GATEWAY_PORT": str(addresses.port),
-        "GATEWAY_SERVER": f"{_LOOPBACK}:{addresses.grpc_port}",
+        "GATEWAY_SERVER": f"{LOOPBACK}:{addresses.grpc_port}",
         "GATEWAY_LOG_LEVEL": os.environ.get("GATEWAY_LOG_LEVEL", "warning"),
     }
 
@@ -252,31 +139,9 @@ def _check_alive(children: Sequence[Child], log: Path) -> None:
             raise CommandError(explain_exit(child.name, child.exit_code, log))
 
 
-def explain_exit(name: str, exit_code: int, log: Path) -> str:
-    """Why a child ended: of the server, the model that could not be loaded, if its log tells of one."""
-    if name == "tritonserver" and log.is_file():
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-            found = _LOAD_ERROR.search(line)
-            if found:
-                model = found["entry"].rsplit(".", 1)[0]
-                cause = _first_line(found["text"])
-                if "KIND_GPU" in cause or "GPU" in cause:
-                    cause += "; --device auto or cpu serves it without"
-                return f"the model {model} cannot be loaded: {cause} (the server's log: {log})"
-    return f"{name} ended with exit code {exit_code} (the server's log: {log})"
-
-
-def _first_line(text: str) -> str:
-    """The message inside a log line: the server escapes it, and puts the exception's class and place
-    around it.
-    """
-    first = text.strip().rstrip('"').split("\\n")[0].replace('\\"', '"')
-    return first.removeprefix("TritonModelException: ")
-
-
 def _get(addresses: Addresses, path: str) -> tuple[int, dict[str, Any]]:
     """Status and JSON of the gateway's answer; 0 when there is none."""
-    host = _LOOPBACK if addresses.host == "0.0.0.0" else "[::1]" if addresses.host == "::" else addresses.host
+    host = LOOPBACK if addresses.host == "0.0.0.0" else "[::1]" if addresses.host == "::" else addresses.host
     try:
         with urllib.request.urlopen(f"http://{host}:{addresses.port}{path}", timeout=10) as answer:
             return answer.status, json.load(answer)
@@ -306,12 +171,12 @@ def _introduce(console: Console, addresses: Addresses, log: Path) -> None:
         markup=False,
     )
     console.print(
-        f"tritonserver: gRPC {_LOOPBACK}:{addresses.grpc_port}, HTTP {_LOOPBACK}:{addresses.http_port}, "
-        f"metrics http://{_LOOPBACK}:{addresses.metrics_port}/metrics",
+        f"tritonserver: gRPC {LOOPBACK}:{addresses.grpc_port}, HTTP {LOOPBACK}:{addresses.http_port}, "
+        f"metrics http://{LOOPBACK}:{addresses.metrics_port}/metrics",
         soft_wrap=True,
     )
     console.print(f"its log: {log}", soft_wrap=True)
-    if addresses.host not in (_LOOPBACK, "localhost", "::1"):
+    if addresses.host not in (LOOPBACK, "localhost", "::1"):
         console.print(
             f"listening on {addresses.host}: whoever reaches this machine can use it, there are no keys"
         )

@@ -1,18 +1,17 @@
-"""Child processes that never outlive this one."""
+"""Child processes that never outlive this one, and the signals that end them."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import errno
 import os
 import signal
-import socket
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import IO
-
-from triton_embeddings.errors import CommandError
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,32 +56,41 @@ class Child:
             except subprocess.TimeoutExpired:
                 self.kill()
         self.kill()
+        self._process.wait()
 
     def kill(self) -> None:
-        """Ends it and its own children at once; does nothing when they have ended."""
-        try:
+        """Ends it and its own children at once, without waiting for it: a signal's handler may call this."""
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        self._process.wait()
+
+
+class Stop:
+    """Set by Ctrl-C, SIGTERM or SIGHUP. The second one ends the children at once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._children: list[Child] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._set)
+        # nohup has SIGHUP ignored: that is to stay.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._set)
+
+    def watch_over(self, child: Child) -> Child:
+        """Makes a child one of those that the second signal ends."""
+        self._children.append(child)
+        return child
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        if self._event.is_set():
+            for child in self._children:
+                child.kill()
+        self._event.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits that long; whether it is time to stop."""
+        return self._event.wait(timeout_s)
 
 
 def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def claim_port(host: str, port: int, flag: str) -> int:
-    """The port if it is free, a free one for 0. Raises CommandError, which names the flag that mends it."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise CommandError(f"{host} is no address of this machine; give another with --host") from error
-        raise CommandError(
-            f"port {port} on {host} cannot be used ({error.strerror or error}); "
-            f"stop what listens there, or give another with {flag}"
-        ) from error

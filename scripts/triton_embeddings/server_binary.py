@@ -15,12 +15,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from triton_embeddings.addresses import LOOPBACK
 from triton_embeddings.errors import CommandError
 
 _CONTAINER = Path("/opt/tritonserver/bin/tritonserver")
 _SCRATCH = "repository-"
 _ELF = b"\x7fELF"
-_LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def main() -> None:
         sys.stderr.write(f"tritonserver: {error}\n")
         sys.exit(1)
     given = sys.argv[1:]
-    own = [*server.arguments, *(f"--{kind}-address={_LOOPBACK}" for kind in ("http", "grpc", "metrics"))]
+    own = [*server.arguments, *(f"--{kind}-address={LOOPBACK}" for kind in ("http", "grpc", "metrics"))]
     names = {argument.split("=")[0] for argument in given}
     extra = [argument for argument in own if argument.split("=")[0] not in names]
     os.execve(server.path, [str(server.path), *extra, *given], server.environment)

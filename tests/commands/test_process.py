@@ -11,9 +11,11 @@ import pytest
 
 from tests.conftest import ROOT
 from triton_embeddings import server_binary
+from triton_embeddings.addresses import Addresses, claim_port
 from triton_embeddings.errors import CommandError
-from triton_embeddings.launch import Addresses, Stop, check_paths, explain_exit
-from triton_embeddings.process import Child, claim_port
+from triton_embeddings.preflight import check_paths
+from triton_embeddings.process import Child, Stop
+from triton_embeddings.server_log import explain_exit
 
 WRITE_PID = "import os, signal, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); "
 STUBBORN = WRITE_PID + "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"

@@ -1,0 +1,30 @@
+"""What the server's log tells a person."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_LOAD_ERROR = re.compile(r"failed to load '(?P<entry>[^']+)' version \d+: (?P<status>[^:]+): (?P<text>.*)")
+
+
+def explain_exit(name: str, exit_code: int, log: Path) -> str:
+    """Why a child ended: of the server, the model that could not be loaded, if its log tells of one."""
+    if name == "tritonserver" and log.is_file():
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            found = _LOAD_ERROR.search(line)
+            if found:
+                model = found["entry"].rsplit(".", 1)[0]
+                cause = _first_line(found["text"])
+                if "KIND_GPU" in cause or "GPU" in cause:
+                    cause += "; --device auto or cpu serves it without"
+                return f"the model {model} cannot be loaded: {cause} (the server's log: {log})"
+    return f"{name} ended with exit code {exit_code} (the server's log: {log})"
+
+
+def _first_line(text: str) -> str:
+    """The message inside a log line: the server escapes it, and puts the exception's class and place
+    around it.
+    """
+    first = text.strip().rstrip('"').split("\\n")[0].replace('\\"', '"')
+    return first.removeprefix("TritonModelException: ")
