@@ -1,7 +1,8 @@
 """Turns texts into token ids as the checkpoint's own tokenizer.json says, with prompts and truncation.
 
-Truncation is exact and cheap: special tokens are kept, and of a text that is far over the limit only so many
-characters are tokenised as the limit can hold.
+Truncation keeps special tokens and is cheap: of a text that is far over the limit only so many characters
+are tokenised as the limit can hold. The kept tokens are those of the whole text, unless it has no blank for
+so long that the cut falls into a word which still counts.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from backends.contract import PipelineParameter
 from backends.errors import BackendError
+from backends.options import ServingOptions
 from backends.repository.writer import list_pipelines
 from backends.repository.writer import remove as remove_pipeline
 from backends.source import default_name
@@ -211,21 +213,8 @@ def serve(
         launch(served, addresses, console, Stop())
 
 
-_OPTIONS = (
-    "dtype",
-    "device",
-    "max_batch_tokens",
-    "max_batch_size",
-    "max_length",
-    "truncation",
-    "threads",
-    "instances",
-    "served_model_name",
-    "task",
-    "model_type",
-    "trust_remote_code",
-    "max_context_batch_size",
-)
+# max_context_batch_size is RTP-LLM's way to say max_batch_tokens, and becomes it when the checkpoint is read.
+_OPTIONS = (*(field.name for field in dataclasses.fields(ServingOptions)), "max_context_batch_size")
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,3 +1,5 @@
+import importlib.machinery
+import importlib.util
 import os
 import re
 import signal
@@ -84,6 +86,56 @@ def test_set_up_that_is_stopped_stops_what_it_runs(tmp_path):
     assert process.wait(20) == 128 + signal.SIGTERM
     wait_until(lambda: not is_alive(child))
     assert not (tmp_path / ".venv" / ".ready").exists()
+
+
+def load_setup(path):
+    loader = importlib.machinery.SourceFileLoader("setup_script", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("setup_script", loader))
+    loader.exec_module(module)
+    return module
+
+
+def test_an_activated_environment_is_not_made_anew_from_itself(tmp_path):
+    """After `source .venv/bin/activate`, python3 is the environment's own."""
+    load = "import importlib.machinery as m; setup = m.SourceFileLoader('s', 'scripts/setup').load_module(); "
+    find = load + "print(setup.find_python())"
+    command = [ROOT / ".venv" / "bin" / "python", "-W", "ignore", "-c", find]
+    found = Path(subprocess.check_output(command, cwd=ROOT, text=True).strip())
+    assert not found.is_relative_to(ROOT)
+    before = (ROOT / ".venv" / ".ready").stat().st_mtime_ns
+    made = subprocess.run(
+        [ROOT / ".venv" / "bin" / "python", ROOT / "scripts" / "setup"], capture_output=True, check=True
+    )
+    assert made.stdout == b""
+    assert (ROOT / ".venv" / ".ready").stat().st_mtime_ns == before
+
+
+def test_set_up_runs_once_and_again_when_something_changed(tmp_path, monkeypatch):
+    setup = load_setup(ROOT / "scripts" / "setup")
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    venv, inputs, ran = tmp_path / ".venv", tmp_path / "inputs", []
+
+    def run(text, commands, log):
+        ran.append(text.split("] ")[1])
+        (venv / "bin").mkdir(parents=True, exist_ok=True)
+        (venv / "bin" / "python").touch()
+
+    def prepare():
+        ran.clear()
+        setup.prepare(venv, lambda venv: [("packages", [])], [inputs])
+        return list(ran)
+
+    monkeypatch.setattr(setup, "run", run)
+    inputs.write_text("1")
+    assert prepare() == ["virtual environment", "packages"]
+    assert prepare() == []
+    inputs.write_text("2")
+    assert prepare() == ["packages"]
+    (venv / "bin" / "python").unlink()
+    assert prepare() == ["virtual environment", "packages"]
+    monkeypatch.setattr(setup, "ROOT", tmp_path / "moved")
+    (tmp_path / "moved").mkdir()
+    assert prepare() == ["virtual environment", "packages"]
 
 
 def test_zero_is_any_free_port():
