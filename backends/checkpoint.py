@@ -20,7 +20,7 @@ _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-_WEIGHTS = (
+WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -35,6 +35,10 @@ _TOKENIZERS = (
     "spiece.model",
     "tokenizer.model",
 )
+# What a chain of modules may begin with: the names of one module in several versions.
+_TRANSFORMERS = ("Transformer", "MLMTransformer")
+# Packages whose classes are known here by name; a class of any other module is the checkpoint's own code.
+_KNOWN_PACKAGES = ("sentence_transformers", "pylate")
 _LFS_POINTER = b"version https://git-lfs"
 # The tokenizer's way to say that it knows no limit is a huge number (transformers' VERY_LARGE_INTEGER is
 # 1e30).
@@ -50,6 +54,8 @@ class Module:
     path: Path
     """Where its weights lie."""
     config: Mapping[str, Any] = field(default_factory=dict)
+    code: Path | None = None
+    """The file inside the checkpoint that defines the class, for a module that its maker wrote."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,11 @@ class Checkpoint:
     max_length: int
     """Tokens of one text, special tokens included."""
     notes: tuple[str, ...]
-    """What had to be guessed, for the person who serves it."""
-    sentence_model_type: str
-    """config_sentence_transformers.json's model_type: SentenceTransformer, CrossEncoder,
-    SparseEncoder, ColBERT ...
-    """
-    truncate_dim: int | None
-    """How many components of an embedding the checkpoint lets out; None is all."""
+    """What had to be guessed of the chain, for the person who serves it."""
+    sentence_config: Mapping[str, Any]
+    """config_sentence_transformers.json."""
+    transformer_config: Mapping[str, Any]
+    """sentence_bert_config.json, or the same under one of its other names."""
     tokenizer_config: Mapping[str, Any]
     """tokenizer_config.json."""
     lowercases: bool
@@ -93,7 +97,38 @@ class Checkpoint:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.config["hidden_size"])
+        return int(_hidden_size(self.config))
+
+    @property
+    def positions(self) -> int | None:
+        """Positions that the model has, those of padding included; None where it does not tell."""
+        return _positions(self.config)
+
+    @property
+    def sentence_model_type(self) -> str:
+        """SentenceTransformer, CrossEncoder, SparseEncoder, MultiVectorEncoder, ColBERT ..."""
+        return str(self.sentence_config.get("model_type") or "SentenceTransformer")
+
+    @property
+    def truncate_dim(self) -> int | None:
+        """How many components of an embedding the checkpoint lets out; None is all."""
+        declared = self.sentence_config.get("truncate_dim")
+        return None if declared is None else int(declared)
+
+    @property
+    def role_prompts(self) -> dict[str, str]:
+        """The prompts for queries and for documents, where the checkpoint has one.
+
+        *Source:* sentence-transformers 6.2, encode_query and encode_document.
+        """
+        document = next((n for n in ("document", "passage", "corpus") if n in self.prompts), None)
+        found = {"query": self.prompts.get("query"), "document": self.prompts.get(document or "")}
+        return {role: prompt for role, prompt in found.items() if prompt}
+
+    def side_file(self, stem: str) -> Path | None:
+        """A file of weights beside the model's own, such as colbert_linear.pt; None when it is not there."""
+        files = (self.path / f"{stem}{suffix}" for suffix in (".safetensors", ".pt"))
+        return next((file for file in files if file.is_file()), None)
 
     @classmethod
     def read(cls, path: Path, max_length: int | None = None) -> Checkpoint:
@@ -112,18 +147,18 @@ class Checkpoint:
     def _read(cls, path: Path, max_length: int | None) -> Checkpoint:
         declared = _declared_modules(path)
         transformer_path = path / declared[0][1] if declared else path
-        config = _read_json(transformer_path / "config.json", required=True)
+        config = read_json(transformer_path / "config.json", required=True)
         if not isinstance(config.get("architectures") or [], list):
             raise CheckpointError(f"{transformer_path / 'config.json'}: architectures is no list")
-        if not isinstance(config.get("hidden_size"), int):
+        if not isinstance(_hidden_size(config), int):
             raise CheckpointError(f"{transformer_path / 'config.json'} has no hidden_size")
         check_weights(transformer_path)
         if not any((transformer_path / name).is_file() for name in _TOKENIZERS):
             raise CheckpointError(f"{transformer_path} has no tokenizer; a tokenizer.json belongs there")
         transformer = next(
-            (found for name in _TRANSFORMER_CONFIGS if (found := _read_json(transformer_path / name))), {}
+            (found for name in _TRANSFORMER_CONFIGS if (found := read_json(transformer_path / name))), {}
         )
-        sentence = _read_json(path / "config_sentence_transformers.json")
+        sentence = read_json(path / "config_sentence_transformers.json")
         if not all(isinstance(text, str) for text in (sentence.get("prompts") or {}).values()):
             raise CheckpointError(f"{path / 'config_sentence_transformers.json'}: prompts must be texts")
         prompts = {name: text for name, text in (sentence.get("prompts") or {}).items() if text}
@@ -135,7 +170,7 @@ class Checkpoint:
                 f"which is not one of its prompts ({', '.join(prompts) or 'it has none'})"
             )
         modules, notes = _modules(path, config, declared)
-        return cls(
+        made = cls(
             path=path,
             config=config,
             transformer_path=transformer_path,
@@ -144,24 +179,37 @@ class Checkpoint:
             prompts=prompts,
             default_prompt_name=default_prompt_name if default_prompt_name in prompts else None,
             max_length=_max_length(transformer_path, config, transformer, max_length),
-            sentence_model_type=str(sentence.get("model_type") or "SentenceTransformer"),
-            truncate_dim=None if sentence.get("truncate_dim") is None else int(sentence["truncate_dim"]),
-            tokenizer_config=_read_json(transformer_path / "tokenizer_config.json"),
+            sentence_config=sentence,
+            transformer_config=transformer,
+            tokenizer_config=read_json(transformer_path / "tokenizer_config.json"),
             lowercases=bool(transformer.get("do_lower_case")),
         )
+        # Read here, so that a value of another kind is told with the rest.
+        _ = made.truncate_dim
+        return made
+
+
+def _hidden_size(config: Mapping[str, Any]) -> Any:
+    """DistilBERT calls it dim, Nomic BERT n_embd."""
+    return next((config[name] for name in ("hidden_size", "dim", "n_embd") if name in config), None)
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    declared = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
+    return declared if declared > 0 else None
 
 
 def check_weights(folder: Path) -> None:
     """Finds what a broken download leaves behind, by the files' headers. Raises CheckpointError."""
-    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(
-            f"{folder} has no weights; one of {', '.join(_WEIGHTS)} belongs there. "
+            f"{folder} has no weights; one of {', '.join(WEIGHTS)} belongs there. "
             "A download that was cut short looks like this"
         )
     files = {found}
     if found.name.endswith(".index.json"):
-        shards = set((_read_json(found).get("weight_map") or {}).values())
+        shards = set((read_json(found).get("weight_map") or {}).values())
         files = {folder / str(name) for name in shards}
         missing = sorted(file.name for file in files if not file.is_file())
         if missing or not files:
@@ -198,7 +246,8 @@ def _check_weight_file(file: Path) -> None:
         )
 
 
-def _read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    """A file's JSON object; empty where there is no such file. Raises CheckpointError."""
     if not path.is_file():
         if required:
             raise CheckpointError(f"{path.parent} has no {path.name}; is it the directory of a checkpoint?")
@@ -224,7 +273,7 @@ def _declared_modules(path: Path) -> list[tuple[str, str, str]]:
         declared = [(e["type"].rsplit(".", 1)[-1], e.get("path") or "", e["type"]) for e in entries]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is not a list of modules with a type and a path: {error!r}") from error
-    if not declared or declared[0][0] != "Transformer":
+    if not declared or declared[0][0] not in _TRANSFORMERS:
         first = declared[0][2] if declared else "nothing"
         raise CheckpointError(
             f"{file} begins with {first}; only chains that begin with a Transformer can be served"
@@ -238,15 +287,28 @@ def _modules(
     """The chain, and what had to be guessed of it."""
     if declared:
         chain = tuple(
-            Module(kind, path / folder, _read_json(path / folder / "config.json", required=kind == "Pooling"))
-            for kind, folder, _ in declared[1:]
+            Module(
+                kind,
+                path / folder,
+                # The root's config.json is the transformer's.
+                read_json(path / folder / "config.json", required=kind == "Pooling") if folder else {},
+                _own_code(path, dotted),
+            )
+            for kind, folder, dotted in declared[1:]
             if kind != "Dropout"  # does nothing outside training
         )
         return chain, ()
     pooling = path / "1_Pooling"
     if (pooling / "config.json").is_file():
         note = "it has no modules.json: its embeddings are pooled as 1_Pooling says, and not normalised"
-        return (Module("Pooling", pooling, _read_json(pooling / "config.json")),), (note,)
+        return (Module("Pooling", pooling, read_json(pooling / "config.json")),), (note,)
+    if (path / "sparse_linear.pt").is_file() and (path / "colbert_linear.pt").is_file():
+        # As FlagEmbedding saves a BGE-M3 that it has trained.
+        chain = (
+            Module("Pooling", pooling, {"pooling_mode": "cls"}),
+            Module("Normalize", path / "2_Normalize"),
+        )
+        return chain, ("it has no modules.json: its embeddings are made as BGE-M3's, [CLS] and normalised",)
     # *Source:* sentence-transformers 6.2 gives a bare transformer mean pooling, a causal language model its
     # last token, and neither a Normalize.
     architecture = str((config.get("architectures") or [""])[0])
@@ -259,14 +321,24 @@ def _modules(
     return (Module("Pooling", pooling, {"pooling_mode": mode}),), (note,)
 
 
+def _own_code(path: Path, dotted: str) -> Path | None:
+    """The file inside the checkpoint that a module's type names, as in my_pooling.MyPooling."""
+    if "." not in dotted or dotted.split(".")[0] in _KNOWN_PACKAGES:
+        return None
+    parts = dotted.split(".")[:-1]
+    if not all(part.isidentifier() for part in parts):
+        return None
+    file = path.joinpath(*parts).with_suffix(".py")
+    return file if file.is_file() else None
+
+
 def _max_length(
     path: Path, config: Mapping[str, Any], transformer: Mapping[str, Any], wanted: int | None
 ) -> int:
-    positions = int(config.get("max_position_embeddings") or 0)
-    positions = positions if positions > 0 else _NO_LIMIT
+    positions = _positions(config) or _NO_LIMIT
     declared = transformer.get("max_seq_length")
     if declared is None:
-        declared = _read_json(path / "tokenizer_config.json").get("model_max_length")
+        declared = read_json(path / "tokenizer_config.json").get("model_max_length")
     own = min(int(declared) if declared is not None else _NO_LIMIT, positions)
     if wanted is not None and wanted > positions:
         raise CheckpointError(

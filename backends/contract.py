@@ -3,11 +3,19 @@
 Shape letters: n items of one request, t packed tokens, h hidden size, d output size. One client request is
 one batch element of the encoder and the heads, so nothing on the wire is ever padded:
 
-    text [n, k] -> tokenizer -> input_ids [1, t], length [1, n] -> encoder -> hidden [1, t, h] -> head ->
-    dense [n, d]
+    text [n, k] -> tokenizer -> input_ids [1, t], length [1, n] -> encoder -> hidden [1, t, h] -> heads:
+        dense               [n, d]
+        sparse              sparse_indices [1, k], sparse_weights [1, k], sparse_count [n, 1]
+        colbert             token_vectors [1, v, d], vector_count [n, 1]
+        tokens              token_embeddings [1, t, h], token_ids [1, t]
+
+Answers of different length per item lie end to end in one row, beside the count of each item.
 
 `n_tokens` and `truncated` ([n, 1]) repeat what the tokenizer knows under names that no later step reads: the
 server (2.51) refuses a request for some outputs of an ensemble when one of them also feeds a step.
+
+The tokenizer's entry tells more to who calls it directly, past the ensemble: `token_texts` [1, t],
+`token_spans` [1, t, 2], `is_special` [1, t] and `decoded` [n, 1].
 """
 
 from __future__ import annotations
@@ -22,10 +30,23 @@ TEXT = "text"
 INPUT_IDS = "input_ids"
 LENGTH = "length"
 PROMPT_LENGTH = "prompt_length"
+KEY_LENGTH = "key_length"
+"""How many of a sequence's tokens the others look at: those behind them (a query's expansion) only look."""
 N_TOKENS = "n_tokens"
 TRUNCATED = "truncated"
 HIDDEN = "hidden"
 DENSE = "dense"
+SPARSE_INDICES = "sparse_indices"
+SPARSE_WEIGHTS = "sparse_weights"
+SPARSE_COUNT = "sparse_count"
+TOKEN_VECTORS = "token_vectors"
+VECTOR_COUNT = "vector_count"
+TOKEN_EMBEDDINGS = "token_embeddings"
+TOKEN_IDS = "token_ids"
+TOKEN_TEXTS = "token_texts"
+TOKEN_SPANS = "token_spans"
+IS_SPECIAL = "is_special"
+DECODED = "decoded"
 
 TOKEN_DTYPE = np.dtype("<i4")
 """How a list of token ids travels inside one element of `text` (see RequestParameter.TEXT_FORMAT)."""
@@ -35,13 +56,38 @@ class Task(StrEnum):
     """What a client wants of a model."""
 
     EMBED = "embed"
+    """One vector for each text."""
+    SPARSE = "sparse"
+    """Weights of some tokens of the vocabulary."""
+    COLBERT = "colbert"
+    """A vector for each token, for late interaction."""
+    TOKENS = "tokens"
+    """The encoder's own vector of every token."""
 
 
-TASK_OUTPUTS: dict[Task, tuple[str, ...]] = {Task.EMBED: (DENSE,)}
+TASK_OUTPUTS: dict[Task, tuple[str, ...]] = {
+    Task.EMBED: (DENSE,),
+    Task.SPARSE: (SPARSE_INDICES, SPARSE_WEIGHTS, SPARSE_COUNT),
+    Task.COLBERT: (TOKEN_VECTORS, VECTOR_COUNT),
+    Task.TOKENS: (TOKEN_EMBEDDINGS, TOKEN_IDS),
+}
 """The outputs of the pipeline that answer a task; the server computes no head that nobody asked for."""
 
 ACCOUNT_OUTPUTS = (N_TOKENS, TRUNCATED)
 """What every pipeline tells about its input, besides the answer."""
+
+COUNT_OF = {
+    SPARSE_INDICES: SPARSE_COUNT,
+    SPARSE_WEIGHTS: SPARSE_COUNT,
+    TOKEN_VECTORS: VECTOR_COUNT,
+    TOKEN_EMBEDDINGS: N_TOKENS,
+    TOKEN_IDS: N_TOKENS,
+    INPUT_IDS: N_TOKENS,
+    TOKEN_TEXTS: N_TOKENS,
+    TOKEN_SPANS: N_TOKENS,
+    IS_SPECIAL: N_TOKENS,
+}
+"""Outputs that hold all items end to end, and the output [n, 1] that says how much of it is each item's."""
 
 
 class RequestParameter(StrEnum):
@@ -58,7 +104,15 @@ class RequestParameter(StrEnum):
     DIMENSIONS = "dimensions"
     """int: keep this many leading components of `dense`, then normalise if the checkpoint does."""
     NORMALIZE = "normalize"
-    """bool: normalise `dense` to unit length or not, whatever the checkpoint says."""
+    """bool: normalise vectors to unit length or not, whatever the checkpoint says."""
+    ROLE = "role"
+    """"query" or "document": which of the two the texts are, for models that tell them apart."""
+    TOP_K = "top_k"
+    """int: keep so many of the largest sparse weights of each text."""
+    ADD_SPECIAL_TOKENS = "add_special_tokens"
+    """bool, of the tokenizer's entry: whether `token_texts` and its like have the model's special tokens."""
+    SKIP_SPECIAL_TOKENS = "skip_special_tokens"
+    """bool, of the tokenizer's entry: whether `decoded` leaves special tokens out."""
 
 
 class PipelineParameter(StrEnum):
@@ -71,9 +125,16 @@ class PipelineParameter(StrEnum):
     DIMENSIONS = "dimensions"
     MAX_LENGTH = "max_length"
     MAX_BATCH_TOKENS = "max_batch_tokens"
+    ROLES = "roles"
+    """"true" where queries and documents are encoded differently."""
+    POOLING = "pooling"
+    DTYPE = "dtype"
+    TRUNCATION = "truncation"
+    """What happens to a text over the limit when the request does not say."""
 
 
 TRUNCATIONS = ("error", "right", "left")
+ROLES = ("query", "document")
 
 
 class ErrorCode(StrEnum):
@@ -85,6 +146,7 @@ class ErrorCode(StrEnum):
     INVALID_PROMPT = "invalid_prompt"
     UNKNOWN_PROMPT = "unknown_prompt"
     INVALID_DIMENSIONS = "invalid_dimensions"
+    INVALID_TOP_K = "invalid_top_k"
     INTERNAL = "internal"
 
 
@@ -161,6 +223,8 @@ class PipelineSpec:
     parameters: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What had to be guessed of the checkpoint, for the person who serves it."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why it has each of its heads, by the head's name."""
 
 
 def entry_name(pipeline: str, stage: str) -> str:

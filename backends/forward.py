@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from backends.errors import CheckpointError
 from backends.families.base import Family
-from backends.ragged import Ragged, cut_by_budget, positions
+from backends.ragged import Lengths, Ragged, cut_by_budget, positions
 from kernels import packed_attention
 
 logger = logging.getLogger(__name__)
@@ -31,11 +31,14 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
 class Forward(Protocol):
-    """input_ids int64 [t] -> hidden [t, h] in the model's dtype, on the model's device."""
+    """input_ids int64 [t] -> hidden [t, h] in the model's dtype, on the model's device.
+
+    `key_lengths` [n] says how many tokens at the beginning of each sequence are looked at; None is all.
+    """
 
     is_packed: bool
 
-    def __call__(self, input_ids: Ragged) -> torch.Tensor: ...
+    def __call__(self, input_ids: Ragged, key_lengths: Lengths | None = None) -> torch.Tensor: ...
 
 
 class PackedForward:
@@ -49,14 +52,16 @@ class PackedForward:
         self.position_offset = family.position_offset(config)
         self.attention_calls = 0
 
-    def __call__(self, input_ids: Ragged) -> torch.Tensor:
+    def __call__(self, input_ids: Ragged, key_lengths: Lengths | None = None) -> torch.Tensor:
         arguments: dict[str, Any] = {"position_ids": (input_ids.positions + self.position_offset)[None]}
         if self.family.has_token_types:
             arguments["token_type_ids"] = torch.zeros_like(input_ids.values)[None]
         output = self.model(
             input_ids=input_ids.values[None],
             sequence_lengths=input_ids.lengths.tolist(),
+            key_lengths=None if key_lengths is None else key_lengths.tolist(),
             on_attention=self._count,
+            **self.family.forward_arguments,
             **arguments,
         )
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
@@ -72,15 +77,24 @@ class PaddedForward:
 
     def __init__(self, model: torch.nn.Module, family: Family, config: dict[str, Any]) -> None:
         self.model = model
+        self.arguments = family.forward_arguments
         self.pad_id = int(config.get("pad_token_id") or 0)
 
-    def __call__(self, input_ids: Ragged) -> torch.Tensor:
+    def __call__(self, input_ids: Ragged, key_lengths: Lengths | None = None) -> torch.Tensor:
         rows = input_ids.split()
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
-        lengths = torch.from_numpy(input_ids.lengths).to(ids.device)
-        mask = torch.arange(ids.shape[1], device=ids.device)[None] < lengths[:, None]
-        output = self.model(input_ids=ids, attention_mask=mask.long())
-        return output.last_hidden_state[mask]  # type: ignore[no-any-return]
+        own = _mask(input_ids.lengths, ids)
+        keys = own if key_lengths is None else _mask(key_lengths, ids)
+        output = self.model(input_ids=ids, attention_mask=keys.long(), **self.arguments)
+        return output.last_hidden_state[own]  # type: ignore[no-any-return]
+
+
+def _mask(lengths: Lengths, ids: torch.Tensor) -> torch.Tensor:
+    """bool [n, s]: the first tokens of each row, `lengths` [n] of them."""
+    return (
+        torch.arange(ids.shape[1], device=ids.device)[None]
+        < torch.from_numpy(lengths).to(ids.device)[:, None]
+    )
 
 
 Loader = Callable[[str | None], torch.nn.Module]
@@ -110,18 +124,28 @@ def choose_forward(load: Loader, family: Family, config: dict[str, Any], name: s
     return padded
 
 
-def encode(forward: Forward, input_ids: Ragged, max_batch_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+def encode(
+    forward: Forward,
+    input_ids: Ragged,
+    max_batch_tokens: int,
+    dtype: torch.dtype,
+    key_lengths: Lengths | None = None,
+) -> torch.Tensor:
     """hidden [t, h] of all sequences in the order in which they came, in passes of at most
     `max_batch_tokens`.
 
-    A sequence that is longer than that runs in a pass of its own.
+    A sequence that is longer than that runs in a pass of its own. Padded, the padding counts.
     """
     hidden: torch.Tensor | None = None
-    for order in cut_by_budget(input_ids.lengths, max_batch_tokens):
+    passes = cut_by_budget(
+        input_ids.lengths, max_batch_tokens, ties=key_lengths, is_padded=not forward.is_packed
+    )
+    for order in passes:
         lengths = input_ids.lengths[order]
         tokens = torch.from_numpy(np.repeat(input_ids.offsets[order], lengths) + positions(lengths))
         tokens = tokens.to(input_ids.values.device)
-        out = forward(Ragged(input_ids.values[tokens], lengths))
+        keys = None if key_lengths is None else key_lengths[order]
+        out = forward(Ragged(input_ids.values[tokens], lengths), keys)
         if hidden is None:
             hidden = out.new_empty((input_ids.values.shape[0], out.shape[1]), dtype=dtype)
         hidden.index_copy_(0, tokens, out.to(dtype))

@@ -69,19 +69,23 @@ def positions(lengths: Lengths) -> Lengths:
     return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
 
 
-def cut_by_budget(lengths: Lengths, max_tokens: int) -> Iterator[npt.NDArray[np.intp]]:
+def cut_by_budget(
+    lengths: Lengths, max_tokens: int, *, ties: Lengths | None = None, is_padded: bool = False
+) -> Iterator[npt.NDArray[np.intp]]:
     """Indices of the sequences of each forward pass, longest first, none over `max_tokens` tokens in all.
 
     A sequence that is longer than the budget gets a pass of its own. Longest first, because equal lengths
-    then lie side by side, and because memory runs out on the first pass or never.
+    then lie side by side, and because memory runs out on the first pass or never. `ties` orders sequences of
+    one length; `is_padded` counts every sequence of a pass as long as its longest.
     """
-    order = np.argsort(-lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable") if ties is None else np.lexsort((-ties, -lengths))
     start = 0
     total = 0
     for end, index in enumerate(order):
-        if end > start and total + lengths[index] > max_tokens:
+        size = int(lengths[order[start]] if is_padded else lengths[index])
+        if end > start and total + size > max_tokens:
             yield order[start:end]
-            start, total = end, 0
-        total += int(lengths[index])
+            start, total, size = end, 0, int(lengths[index])
+        total += size
     if start < len(order):
         yield order[start:]

@@ -6,16 +6,15 @@ layer_norm.py.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from backends.checkpoint import Module
 from backends.errors import CheckpointError
 from backends.ragged import Ragged
+from backends.weights import read_tensors
 
 
 class Pooling:
@@ -157,14 +156,6 @@ def _activation(module: Module, dotted_name: str) -> torch.nn.Module:
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     for name in ("model.safetensors", "pytorch_model.bin"):
-        file = path / name
-        if not file.is_file():
-            continue
-        try:
-            if name.endswith(".safetensors"):
-                return safetensors.torch.load_file(file)
-            weights: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-            return weights
-        except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        if (path / name).is_file():
+            return read_tensors(path / name)
     raise CheckpointError(f"{path} has no weights; model.safetensors or pytorch_model.bin belongs there")

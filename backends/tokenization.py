@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.normalizers import Lowercase, Normalizer
 from tokenizers.normalizers import Sequence as NormalizerSequence
 
-from backends.checkpoint import Checkpoint
-from backends.contract import TOKEN_DTYPE, TRUNCATIONS, ErrorCode, RequestParameter
+from backends.checkpoint import Checkpoint, read_json
+from backends.contract import ROLES, TOKEN_DTYPE, TRUNCATIONS, ErrorCode, RequestParameter
 from backends.errors import CheckpointError, RequestError
+from backends.late_interaction import Expansion, LateInteraction
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,19 @@ class Tokens:
     prompt_length: int = 0
     """Tokens at the beginning that belong to the prompt, the leading special token included."""
     is_truncated: bool = False
+    n_blind: int = 0
+    """Tokens at the end that the others do not look at."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """One text's tokens, as a person looks at them."""
+
+    ids: list[int]
+    texts: list[str]
+    spans: list[tuple[int, int]]
+    """Characters of the text, from and to; (0, 0) for special tokens."""
+    is_special: list[bool]
 
 
 @dataclass(frozen=True)
@@ -55,10 +69,16 @@ class TokenizerSettings:
     prompt: str = ""
     truncation: str = "error"
     has_ids: bool = False
+    role: str | None = None
+    """query or document, for a model that tells them apart."""
 
     @classmethod
     def read(
-        cls, parameters: Mapping[str, Any], checkpoint: Checkpoint, truncation: str
+        cls,
+        parameters: Mapping[str, Any],
+        checkpoint: Checkpoint,
+        truncation: str,
+        late: LateInteraction | None = None,
     ) -> TokenizerSettings:
         """From request parameters, over the checkpoint's defaults. Raises RequestError."""
         wanted = parameters.get(RequestParameter.TRUNCATION, truncation)
@@ -71,16 +91,35 @@ class TokenizerSettings:
             raise RequestError(
                 ErrorCode.INVALID_INPUT, f"text_format is {text_format!r}; it takes text or ids"
             )
-        return cls(_prompt(parameters, checkpoint), wanted, text_format == "ids")
+        role = read_role(parameters)
+        if late is not None and late.has_roles:
+            # *Source:* sentence-transformers takes a text without a role for a document.
+            role = role or "document"
+            prompts = late.prompts
+        else:
+            prompts = checkpoint.role_prompts
+        prompt = _prompt(parameters, checkpoint, prompts.get(role) if role else None)
+        return cls(prompt, wanted, text_format == "ids", role)
 
 
-def _prompt(parameters: Mapping[str, Any], checkpoint: Checkpoint) -> str:
+def read_role(parameters: Mapping[str, Any]) -> str | None:
+    """The request's role. Raises RequestError for one that does not exist."""
+    role: str | None = parameters.get(RequestParameter.ROLE)
+    if role is not None and role not in ROLES:
+        raise RequestError(ErrorCode.INVALID_INPUT, f"role is {role!r}; it takes one of {', '.join(ROLES)}")
+    return role
+
+
+def _prompt(parameters: Mapping[str, Any], checkpoint: Checkpoint, of_role: str | None) -> str:
     literal = parameters.get(RequestParameter.PROMPT)
     if literal is not None:
         if not isinstance(literal, str):
             raise RequestError(ErrorCode.INVALID_PROMPT, f"prompt is {literal!r}; it takes a string")
         return literal
-    name = parameters.get(RequestParameter.PROMPT_NAME, checkpoint.default_prompt_name)
+    name = parameters.get(RequestParameter.PROMPT_NAME)
+    if name is None and of_role is not None:
+        return of_role
+    name = name or checkpoint.default_prompt_name
     if name is None:
         return ""
     if name not in checkpoint.prompts:
@@ -96,47 +135,66 @@ def _prompt(parameters: Mapping[str, Any], checkpoint: Checkpoint) -> str:
 class TextTokenizer:
     """The tokenizer of one checkpoint. Safe to use from one thread at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, max_length: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, max_length: int, late: LateInteraction | None = None) -> None:
         self.checkpoint = checkpoint
         self.max_length = max_length
+        self.late = late
         self.tokenizer = _load(checkpoint)
+        if late is not None:
+            _keep_whole(self.tokenizer, late.marks)
         known = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self.vocab_size = min(known, int(checkpoint.config.get("vocab_size") or known))
         self.prefix, self.suffix = _special_tokens(self.tokenizer, checkpoint)
-        self.room = max_length - len(self.prefix) - len(self.suffix)
-        if self.room < 1:
+        self.expansion = late.expansion if late is not None else None
+        if self.expansion is not None:
+            self.expansion_id = _expansion_id(self.tokenizer, checkpoint, self.expansion)
+        if self._room(None) < 1:
             raise CheckpointError(
                 f"max_length is {max_length}, which special tokens fill; give at least "
-                f"{max_length + 1 - self.room}"
+                f"{max_length + 1 - self._room(None)}"
             )
         self._prompt_ids = lru_cache(maxsize=256)(self._encode_prompt)
+
+    def limit(self, role: str | None) -> int:
+        """Tokens of one text, special tokens included."""
+        if self.late is None or role is None:
+            return self.max_length
+        own = self.late.lengths.get(role, self.max_length)
+        if role == "query" and self.expansion is not None:
+            own = self.expansion.length if self.expansion.is_fixed else max(own, self.expansion.length)
+        return min(own, self.max_length)
+
+    def _room(self, role: str | None) -> int:
+        return self.limit(role) - len(self.prefix) - len(self.suffix)
 
     def encode(self, items: Sequence[bytes], settings: TokenizerSettings) -> list[Tokens]:
         """Items of one request -> tokens of each.
 
         Raises RequestError, which names the first item at fault.
         """
-        self._check_prompt(settings.prompt)
+        self._check_prompt(settings)
         if settings.has_ids:
             return [self._from_ids(i, item, settings) for i, item in enumerate(items)]
         texts = [_decode(i, item) for i, item in enumerate(items)]
         rows = self._encode_texts([settings.prompt + text for text in texts], settings)
         return [self._wrap(i, *row, settings) for i, row in enumerate(rows)]
 
-    def _check_prompt(self, prompt: str) -> None:
+    def _check_prompt(self, settings: TokenizerSettings) -> None:
         """A prompt is never truncated: without its end it would be another one."""
-        is_too_long = len(prompt) > self.room * _MAX_CHARS_PER_TOKEN
-        if is_too_long or (prompt and len(self._prompt_ids(prompt)) >= self.room):
+        prompt, room = settings.prompt, self._room(settings.role)
+        is_too_long = len(prompt) > room * _MAX_CHARS_PER_TOKEN
+        if is_too_long or (prompt and len(self._prompt_ids(prompt)) >= room):
             raise RequestError(
                 ErrorCode.INVALID_PROMPT,
                 f"the prompt of {len(prompt)} characters leaves no room for a text: this model takes "
-                f"{self.max_length} tokens in all",
+                f"{self.limit(settings.role)} tokens in all",
             )
 
     def _encode_texts(self, texts: list[str], settings: TokenizerSettings) -> list[tuple[TokenIds, int]]:
         """(ids without special tokens, number of characters that were not looked at) of each text."""
-        window = self.room * _WINDOW_CHARS_PER_TOKEN
-        limit = self.room * _MAX_CHARS_PER_TOKEN
+        room = self._room(settings.role)
+        window = room * _WINDOW_CHARS_PER_TOKEN
+        limit = room * _MAX_CHARS_PER_TOKEN
         rows: list[tuple[TokenIds, int]] = [(np.empty(0, np.int32), 0)] * len(texts)
         waiting = list(range(len(texts)))
         while waiting:
@@ -150,13 +208,18 @@ class TextTokenizer:
             ):
                 unread = len(texts[i]) - len(piece)
                 rows[i] = (np.array(encoding.ids, np.int32), unread)
-                if unread and len(encoding.ids) <= self.room and window < limit:
+                if unread and len(encoding.ids) <= room and window < limit:
                     unfinished.append(i)
             waiting = unfinished
             window = min(window * _WINDOW_GROWTH, limit)
         return rows
 
     def _from_ids(self, index: int, item: bytes, settings: TokenizerSettings) -> Tokens:
+        ids = self._without_special_tokens(self._read_ids(index, item))
+        prompt = np.array(self._prompt_ids(settings.prompt), np.int32)
+        return self._wrap(index, np.concatenate([prompt, ids]), 0, settings)
+
+    def _read_ids(self, index: int, item: bytes) -> TokenIds:
         if len(item) % TOKEN_DTYPE.itemsize:
             raise RequestError(
                 ErrorCode.INVALID_INPUT, f"token ids take 4 bytes each; there are {len(item)} bytes", index
@@ -170,9 +233,50 @@ class TextTokenizer:
                 "ids of another model's tokenizer cannot be used here, send the text instead",
                 index,
             )
-        ids = self._without_special_tokens(ids)
-        prompt = np.array(self._prompt_ids(settings.prompt), np.int32)
-        return self._wrap(index, np.concatenate([prompt, ids]), 0, settings)
+        return ids
+
+    def describe(
+        self, items: Sequence[bytes], settings: TokenizerSettings, *, add_special_tokens: bool
+    ) -> list[Description]:
+        """The tokens of texts, or of ids, without any limit of the model. Raises RequestError."""
+        if settings.has_ids:
+            rows = [self._read_ids(i, item).tolist() for i, item in enumerate(items)]
+            return [Description(ids, [self._piece(i) for i in ids], [(0, 0)] * len(ids), []) for ids in rows]
+        texts = [settings.prompt + _decode(i, item) for i, item in enumerate(items)]
+        for i, text in enumerate(texts):
+            if len(text) > self.max_length * _MAX_CHARS_PER_TOKEN:
+                raise RequestError(
+                    ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+                    f"the text has {len(text)} characters; at most {self.max_length * _MAX_CHARS_PER_TOKEN} "
+                    "are looked at here",
+                    i,
+                )
+        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [
+            self._describe_text(text, encoding, add_special_tokens)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _describe_text(self, text: str, encoding: Encoding, add_special_tokens: bool) -> Description:
+        before = self.prefix.tolist() if add_special_tokens else []
+        behind = self.suffix.tolist() if add_special_tokens else []
+        special = [self.tokenizer.id_to_token(token) or "" for token in (*before, *behind)]
+        pieces = [text[start:stop] for start, stop in encoding.offsets]
+        return Description(
+            [*before, *encoding.ids, *behind],
+            [*special[: len(before)], *pieces, *special[len(before) :]],
+            [(0, 0)] * len(before) + list(encoding.offsets) + [(0, 0)] * len(behind),
+            [True] * len(before) + [False] * len(pieces) + [True] * len(behind),
+        )
+
+    def decode(self, items: Sequence[bytes], *, skip_special_tokens: bool) -> list[str]:
+        """Lists of token ids -> text. Raises RequestError."""
+        rows = [self._read_ids(i, item).tolist() for i, item in enumerate(items)]
+        return self.tokenizer.decode_batch(rows, skip_special_tokens=skip_special_tokens)
+
+    def _piece(self, token: int) -> str:
+        """What one id alone decodes to."""
+        return self.tokenizer.decode([token], skip_special_tokens=False)
 
     def _without_special_tokens(self, ids: TokenIds) -> TokenIds:
         """Clients send ids with or without the model's special tokens, which are put on once."""
@@ -186,31 +290,40 @@ class TextTokenizer:
     def _wrap(self, index: int, ids: TokenIds, unread: int, settings: TokenizerSettings) -> Tokens:
         """Truncates, and puts the special tokens on. `unread` characters of the text have no ids."""
         prompt = self._prompt_ids(settings.prompt) if settings.prompt else ()
-        is_over = unread > 0 or len(ids) > self.room
+        room = self._room(settings.role)
+        is_over = unread > 0 or len(ids) > room
         if is_over and settings.truncation == "error":
             raise RequestError(
                 ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the text has {self._describe(ids, unread)}, and this model takes {self.max_length} tokens; "
-                "shorten it or let it be truncated",
+                f"the text has {self._describe(ids, unread, room)}, and this model takes "
+                f"{self._describe_limit(settings.role)}; shorten it or let it be truncated",
                 index,
             )
         if is_over and settings.truncation == "left":
             # The prompt stays: without it the rest would be read as another kind of text.
-            kept = prompt[: self.room - 1]
-            ids = np.concatenate([np.array(kept, np.int32), ids[len(ids) - self.room + len(kept) :]])
-        whole = np.concatenate([self.prefix, ids[: self.room], self.suffix])
+            kept = prompt[: room - 1]
+            ids = np.concatenate([np.array(kept, np.int32), ids[len(ids) - room + len(kept) :]])
+        whole = np.concatenate([self.prefix, ids[:room], self.suffix])
         if not len(whole):
             raise RequestError(
                 ErrorCode.INVALID_INPUT, "the text has no tokens at all; send some letters", index
             )
-        prompt_length = len(self.prefix) + len(prompt) if prompt else 0
-        return Tokens(whole, min(prompt_length, len(whole)), is_over)
+        prompt_length = min(len(self.prefix) + len(prompt), len(whole)) if prompt else 0
+        if self.expansion is None or settings.role != "query":
+            return Tokens(whole, prompt_length, is_over)
+        added = max(0, min(self.expansion.length, self.max_length) - len(whole))
+        expanded = np.concatenate([whole, np.full(added, self.expansion_id, np.int32)])
+        return Tokens(expanded, prompt_length, is_over, 0 if self.expansion.attends else added)
 
-    def _describe(self, ids: TokenIds, unread: int) -> str:
+    def _describe_limit(self, role: str | None) -> str:
+        own = self.limit(role)
+        return f"{own} tokens" if own == self.max_length else f"{own} tokens of a {role}"
+
+    def _describe(self, ids: TokenIds, unread: int, room: int) -> str:
         length = len(ids) + len(self.prefix) + len(self.suffix)
         if not unread:
             return f"{length} tokens"
-        if len(ids) > self.room:
+        if len(ids) > room:
             return f"more than {length} tokens"
         return f"more than {_MAX_CHARS_PER_TOKEN} characters for each token that fits"
 
@@ -261,6 +374,73 @@ def _load(checkpoint: Checkpoint) -> Tokenizer:
     return tokenizer
 
 
+def _keep_whole(tokenizer: Tokenizer, marks: Sequence[str]) -> None:
+    """Makes marks of the vocabulary, such as [unused0], one token each, past any normaliser.
+
+    *Source:* sentence-transformers 6.2: the mark with its blank, or its first word, if the vocabulary has it.
+    """
+    for mark in marks:
+        known = next((m for m in (mark, *mark.split()[:1]) if tokenizer.token_to_id(m) is not None), None)
+        if known is not None and tokenizer.encode(known, add_special_tokens=False).tokens != [known]:
+            tokenizer.add_special_tokens([AddedToken(known, normalized=False, special=True)])
+
+
+def _expansion_id(tokenizer: Tokenizer, checkpoint: Checkpoint, expansion: Expansion) -> int:
+    """*Source:* sentence-transformers 6.2: the mask token, else the end of sequence."""
+    config = checkpoint.tokenizer_config
+    named = (
+        [expansion.token]
+        if expansion.token
+        else [_content(config.get(n)) for n in ("mask_token", "eos_token")]
+    )
+    for token in [*named, "[MASK]", "<mask>"]:
+        found = tokenizer.token_to_id(token) if token else None
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"{checkpoint.transformer_path}: queries are expanded, but the tokenizer has no "
+        f"{expansion.token or 'mask token'}"
+    )
+
+
+def token_ids_of(checkpoint: Checkpoint, words: Sequence[str]) -> list[int]:
+    """Ids of the words that are one token of the vocabulary each; others are left out."""
+    if not words:
+        return []
+    tokenizer = _load(checkpoint)
+    found = (tokenizer.token_to_id(word) for word in words)
+    return sorted({token for token in found if token is not None})
+
+
+# Where tokenizer_config.json does not name a special token, the tokenizer's class in transformers does.
+_CLASS_DEFAULTS = {
+    "cls_token": ("[CLS]", "<s>"),
+    "eos_token": ("</s>",),
+    "pad_token": ("[PAD]", "<pad>"),
+    "unk_token": ("[UNK]", "<unk>"),
+}
+
+
+def special_token_ids(checkpoint: Checkpoint, names: Sequence[str]) -> list[int]:
+    """Ids of special tokens by their names in tokenizer_config.json, such as cls_token."""
+    tokenizer = _load(checkpoint)
+    others = read_json(checkpoint.transformer_path / "special_tokens_map.json")
+    found = set()
+    for name in names:
+        own = _content(checkpoint.tokenizer_config.get(name)) or _content(others.get(name))
+        for token in (own,) if own else _CLASS_DEFAULTS.get(name, ()):
+            known = tokenizer.token_to_id(token)
+            if known is not None:
+                found.add(known)
+                break
+    return sorted(found)
+
+
+def _content(token: Any) -> str | None:
+    """tokenizer_config.json holds a token as a string, or as an object with its content."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def _state(normalizer: Normalizer) -> dict[str, Any]:
     """A normaliser as it stands in tokenizer.json."""
     state: dict[str, Any] = json.loads(normalizer.__getstate__())
@@ -284,10 +464,8 @@ def _special_tokens(tokenizer: Tokenizer, checkpoint: Checkpoint) -> tuple[Token
     config = checkpoint.tokenizer_config
 
     def id_of(name: str) -> int | None:
-        token = config.get(name)
-        return (
-            tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
-        )
+        token = _content(config.get(name))
+        return tokenizer.token_to_id(token) if token else None
 
     first, last = id_of("bos_token"), id_of("eos_token")
     if config.get("add_bos_token") and first is not None and prefix[:1] != [first]:

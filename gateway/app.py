@@ -21,6 +21,7 @@ from gateway.errors import BadRequest, GatewayError, ServerFault
 from gateway.inference import GrpcInference, Inference
 from gateway.readiness import Readiness
 from gateway.settings import Settings
+from gateway.vocabulary import Vocabulary
 from gateway.wire import respond
 
 logger = logging.getLogger(__name__)
@@ -41,10 +42,12 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # Made here: the gRPC channel belongs to the event loop that runs now.
-        own = inference or GrpcInference(settings.server, settings.request_timeout_s)
+        own = inference or GrpcInference(
+            settings.server, settings.request_timeout_s, settings.max_answer_bytes
+        )
         catalog = Catalog(own)
         readiness = Readiness(own, catalog, settings.canary_interval_s, settings.patience_s)
-        app.state.services = Services(settings, own, catalog, readiness)
+        app.state.services = Services(settings, own, catalog, readiness, Vocabulary(own))
         watch = asyncio.create_task(readiness.watch())
         # What lives by now lives for ever: without it, collections of old objects double the 99th percentile.
         gc.freeze()
@@ -73,7 +76,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
-    return _respond(request, error, error.status)
+    return _respond(request, error, _dialect(request).status(error))
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
@@ -97,7 +100,8 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
 
 async def _answer_unknown(request: Request, error: Exception) -> Response:
     logger.error("unexpected error on %s", request.url.path, exc_info=error)
-    return _respond(request, ServerFault("an unexpected error; the gateway's log tells what it was"), 500)
+    fault = ServerFault("an unexpected error; the gateway's log tells what it was")
+    return _respond(request, fault, _dialect(request).status(fault))
 
 
 def _respond(

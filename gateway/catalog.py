@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from backends.contract import Task
-from gateway.errors import BadRequest, Unavailable, UnknownModel
+from gateway.errors import GatewayError, Unavailable, UnknownModel, WrongTask
 from gateway.inference import Inference, Pipeline
 
 # A client that asks for a model that is not there makes the gateway look again, but not more often than this.
@@ -37,41 +38,47 @@ class Catalog:
             self._refreshed_at = time.monotonic()
         return self.pipelines
 
-    async def find(self, model: str | None, task: Task | None = None) -> Pipeline:
-        """The model of that name; without a name, the first that serves the task.
+    async def find(self, model: str | None, *tasks: Task) -> Pipeline:
+        """The model of that name; without a name, the first that serves all the tasks.
 
-        Raises UnknownModel with the known names, BadRequest for a model that does not serve the task,
+        Raises UnknownModel with the known names, WrongTask for a model that does not serve a task,
         Unavailable when the server cannot tell.
         """
-        found = self._match(model, task)
+        found = self._match(model, tasks)
         if found is None and time.monotonic() - self._refreshed_at > _REFRESH_INTERVAL_S:
             await self.refresh()
-            found = self._match(model, task)
+            found = self._match(model, tasks)
         if found is None:
-            raise self._unknown(model, task)
-        if task is not None and task not in found.tasks:
-            raise BadRequest(
-                f"the model {found.served_model_name} does not serve {task}; it serves "
-                f"{', '.join(sorted(found.tasks))}",
+            raise self._unknown(model, tasks)
+        missing = [task for task in tasks if task not in found.tasks]
+        if missing:
+            raise WrongTask(
+                f"the model {found.served_model_name} does not serve {', '.join(missing)}; {_offer(found)}",
                 param="model",
+                code="wrong_task",
             )
         return found
 
-    def _match(self, model: str | None, task: Task | None) -> Pipeline | None:
+    def _match(self, model: str | None, tasks: Sequence[Task]) -> Pipeline | None:
         if not model:
-            return next((p for p in self._pipelines if task is None or task in p.tasks), None)
+            return next((p for p in self._pipelines if p.tasks.issuperset(tasks)), None)
         return next((p for p in self._pipelines if model in (p.served_model_name, p.name)), None)
 
-    def _unknown(self, model: str | None, task: Task | None) -> UnknownModel | Unavailable:
+    def _unknown(self, model: str | None, tasks: Sequence[Task]) -> GatewayError:
         if not self._pipelines:
             return Unavailable("no model is loaded yet; try again in a while")
         names = ", ".join(p.served_model_name for p in self._pipelines)
         if not model:
-            return UnknownModel(
-                f"no model here serves {task}; there are: {names}", param="model", code="model_not_found"
+            offers = "; ".join(_offer(p, p.served_model_name) for p in self._pipelines)
+            return WrongTask(
+                f"no model here serves {' and '.join(tasks)}; {offers}", param="model", code="wrong_task"
             )
         return UnknownModel(
             f"the model {model!r} does not exist here; there are: {names}",
             param="model",
             code="model_not_found",
         )
+
+
+def _offer(pipeline: Pipeline, name: str = "it") -> str:
+    return f"{name} serves {', '.join(sorted(pipeline.tasks))}"

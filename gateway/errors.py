@@ -3,7 +3,11 @@
 GatewayError
   +-- BadRequest           400  the client can mend it
   |     +-- UnknownModel   404
+  |     +-- WrongTask      400
+  |     +-- EmptyInput     400
   |     +-- BodyTooLarge   413
+  |     +-- AnswerTooLarge 413
+  |     +-- RefusedItem    400
   +-- ServerFault          500  a fault on this side; what it was stands in the log only
         +-- Unavailable    503  try again soon
         +-- TimedOut       504
@@ -46,6 +50,20 @@ class UnknownModel(BadRequest):
     status = 404
 
 
+class WrongTask(BadRequest):
+    """A model that has no head for what is asked of it."""
+
+
+class EmptyInput(BadRequest):
+    """A request without any text."""
+
+
+class AnswerTooLarge(BadRequest):
+    """More numbers than one answer may hold."""
+
+    status = 413
+
+
 class BodyTooLarge(BadRequest):
     """The request's body is over the limit."""
 
@@ -70,11 +88,40 @@ class TimedOut(ServerFault):
 
 
 class RefusedItem(BadRequest):
-    """A stage of the pipeline refused an item of the request; `item` is its place in the client's own
-    list.
-    """
+    """A stage of the pipeline refused an item of the request."""
 
-    def __init__(self, message: str, *, item: int | None, reason: ErrorCode) -> None:
+    def __init__(
+        self, message: str, *, item: int | None, reason: ErrorCode, field: str | None = None
+    ) -> None:
         super().__init__(message, code=reason)
         self.item = item
+        """Its place in the client's own list."""
         self.reason = reason
+        self.field = field
+        """The client's list, where a request has several."""
+
+    def explain(self, field: str) -> str:
+        """The message with the item's place in the list `field`, and with what a client can do about it."""
+        where = f"{self.field or field}[{self.item}]: " if self.item is not None else ""
+        advice = ADVICE.get(self.reason)
+        return f"{where}{self.message}" + (f". {advice}" if advice else "")
+
+    def blame(self, field: str) -> str:
+        """The request's field that is at fault, where its texts are in `field`."""
+        return _FIELDS.get(self.reason, self.field or field)
+
+
+# What a client of these dialects can do about a refused item, where the stage's own words cannot know it.
+ADVICE = {
+    ErrorCode.CONTEXT_LENGTH_EXCEEDED: 'Send "truncate": true to have it cut.',
+    ErrorCode.INVALID_TOKEN_ID: (
+        "LangChain's OpenAIEmbeddings sends ids of OpenAI's own tokenizer unless it is made with "
+        "check_embedding_ctx_length=False."
+    ),
+}
+_FIELDS = {
+    ErrorCode.UNKNOWN_PROMPT: "prompt_name",
+    ErrorCode.INVALID_PROMPT: "prompt",
+    ErrorCode.INVALID_DIMENSIONS: "dimensions",
+    ErrorCode.INVALID_TOP_K: "top_k",
+}

@@ -20,8 +20,18 @@ import numpy.typing as npt
 import tritonclient.grpc.aio as server_client
 from tritonclient.utils import InferenceServerException
 
-from backends.contract import TEXT, ErrorCode, PipelineParameter, StageFailure, Task
-from gateway.errors import GatewayError, RefusedItem, ServerFault, TimedOut, Unavailable
+from backends.contract import (
+    COUNT_OF,
+    TEXT,
+    TOKEN_EMBEDDINGS,
+    TOKEN_VECTORS,
+    ErrorCode,
+    PipelineParameter,
+    StageFailure,
+    Task,
+    entry_name,
+)
+from gateway.errors import AnswerTooLarge, GatewayError, RefusedItem, ServerFault, TimedOut, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +46,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+_LARGE = frozenset({TOKEN_VECTORS, TOKEN_EMBEDDINGS})
+_LARGE_PARTS = 4
 # A stub that died is noticed by nobody but the request that meets it; the model cannot answer until it is
 # loaded anew.
 _DEAD_STUB = re.compile(r"Stub process .* is not healthy")
@@ -52,13 +64,26 @@ class Pipeline:
     tasks: frozenset[Task]
     family: str
     dimensions: int | None
-    """Components of a dense embedding."""
+    """Components of a dense embedding; None where there is none, or where only the model knows."""
     max_length: int
     """Tokens of one text."""
     max_batch_size: int
     """Texts of one server request."""
     max_batch_tokens: int
     """Tokens of one forward pass of the encoder."""
+    has_roles: bool = False
+    """Whether queries and documents are encoded differently."""
+    checkpoint: str = ""
+    """Where it comes from."""
+    pooling: str = ""
+    """How a dense embedding is made of its tokens."""
+    dtype: str = "auto"
+    truncation: str = "error"
+    """What happens to a text over the limit when the request does not say."""
+
+
+Answer = Array | list[Array]
+"""One row for each item, or for outputs of different length an array for each item."""
 
 
 class Inference(Protocol):
@@ -68,9 +93,18 @@ class Inference(Protocol):
         """The models that are loaded. Raises GatewayError."""
 
     async def infer(
-        self, pipeline: Pipeline, items: Sequence[bytes], outputs: Sequence[str], parameters: Parameters
-    ) -> dict[str, Array]:
-        """One row of every output for each item, in the order of the items. Raises GatewayError."""
+        self,
+        pipeline: Pipeline,
+        items: Sequence[bytes],
+        outputs: Sequence[str],
+        parameters: Parameters,
+        stage: str | None = None,
+    ) -> dict[str, Answer]:
+        """The outputs of every item, in the order of the items; of the whole pipeline, or of one stage alone.
+
+        An output that is ragged (see contract.COUNT_OF) comes with its count, which must be asked for too.
+        Raises GatewayError.
+        """
 
     def last_success(self, pipeline: Pipeline) -> float | None:
         """time.monotonic() of the last answer of a model."""
@@ -82,10 +116,11 @@ class Inference(Protocol):
 class GrpcInference:
     """Inference over the server's gRPC interface."""
 
-    def __init__(self, server: str, timeout_s: float) -> None:
+    def __init__(self, server: str, timeout_s: float, max_answer_bytes: int) -> None:
         self._client = server_client.InferenceServerClient(server, channel_args=_CHANNEL_OPTIONS)
         self._server = server
         self._timeout_s = timeout_s
+        self._max_answer_bytes = max_answer_bytes
         self._last_success: dict[str, float] = {}
 
     async def pipelines(self) -> list[Pipeline]:
@@ -109,32 +144,48 @@ class GrpcInference:
         )
 
     async def infer(
-        self, pipeline: Pipeline, items: Sequence[bytes], outputs: Sequence[str], parameters: Parameters
-    ) -> dict[str, Array]:
+        self,
+        pipeline: Pipeline,
+        items: Sequence[bytes],
+        outputs: Sequence[str],
+        parameters: Parameters,
+        stage: str | None = None,
+    ) -> dict[str, Answer]:
         parts = _cut(items, pipeline)
-        answers = await asyncio.gather(
-            *(self._infer_part(pipeline, [items[i] for i in part], outputs, parameters) for part in parts),
-            return_exceptions=True,
-        )
+        model = pipeline.name if stage is None else entry_name(pipeline.name, stage)
+        # Answers with a vector for each token are a thousand times larger than their texts: a few at a time.
+        gate = asyncio.Semaphore(_LARGE_PARTS if _LARGE & set(outputs) else len(parts))
+        size = 0
+
+        async def infer_part(part: Sequence[int]) -> dict[str, Array]:
+            nonlocal size
+            async with gate:
+                if size > self._max_answer_bytes:
+                    raise _too_large(self._max_answer_bytes)
+                own = [items[i] for i in part]
+                answer = await self._infer_part(pipeline, model, own, outputs, parameters)
+                size += sum(array.nbytes for array in answer.values())
+                if size > self._max_answer_bytes:
+                    raise _too_large(self._max_answer_bytes)
+                return answer
+
+        answers = await asyncio.gather(*map(infer_part, parts), return_exceptions=True)
         failures = [
             _place(a, part) for a, part in zip(answers, parts, strict=True) if isinstance(a, BaseException)
         ]
         if failures:
             # Of several refused items the client is told the first, whichever server request came back first.
             raise min(failures, key=_first_item)
-        merged: dict[str, Array] = {}
-        for name in outputs:
-            rows = [answer[name] for answer in answers if not isinstance(answer, BaseException)]
-            merged[name] = (
-                rows[0] if len(rows) == 1 else np.empty((len(items), *rows[0].shape[1:]), rows[0].dtype)
-            )
-            if len(rows) > 1:
-                for part, row in zip(parts, rows, strict=True):
-                    merged[name][part] = row
-        return merged
+        good = [answer for answer in answers if not isinstance(answer, BaseException)]
+        return {name: _merge(name, good, parts, len(items)) for name in outputs}
 
     async def _infer_part(
-        self, pipeline: Pipeline, items: Sequence[bytes], outputs: Sequence[str], parameters: Parameters
+        self,
+        pipeline: Pipeline,
+        model: str,
+        items: Sequence[bytes],
+        outputs: Sequence[str],
+        parameters: Parameters,
     ) -> dict[str, Array]:
         elements = np.empty((len(items), 1), dtype=np.object_)
         elements[:, 0] = items
@@ -142,7 +193,7 @@ class GrpcInference:
         text.set_data_from_numpy(elements)
         try:
             result = await self._client.infer(
-                pipeline.name,
+                model,
                 [text],
                 outputs=[server_client.InferRequestedOutput(name) for name in outputs],
                 parameters=dict(parameters) or None,
@@ -150,7 +201,8 @@ class GrpcInference:
             )
         except InferenceServerException as error:
             raise self._explain(error, pipeline.served_model_name) from error
-        self._last_success[pipeline.name] = time.monotonic()
+        if model == pipeline.name:
+            self._last_success[model] = time.monotonic()
         return {name: result.as_numpy(name) for name in outputs}
 
     def last_success(self, pipeline: Pipeline) -> float | None:
@@ -194,6 +246,39 @@ def _pipeline(config: Any) -> Pipeline:
         max_length=int(parameters[PipelineParameter.MAX_LENGTH]),
         max_batch_size=config.max_batch_size,
         max_batch_tokens=int(parameters[PipelineParameter.MAX_BATCH_TOKENS]),
+        has_roles=parameters.get(PipelineParameter.ROLES) == "true",
+        checkpoint=parameters.get(PipelineParameter.CHECKPOINT, ""),
+        pooling=parameters.get(PipelineParameter.POOLING, ""),
+        dtype=parameters.get(PipelineParameter.DTYPE, "auto"),
+        truncation=parameters.get(PipelineParameter.TRUNCATION, "error"),
+    )
+
+
+def _merge(
+    name: str, answers: Sequence[Mapping[str, Array]], parts: Sequence[Sequence[int]], count: int
+) -> Answer:
+    """One output of several server requests, in the order of the client's items."""
+    if name in COUNT_OF:
+        pieces: list[Array] = [np.empty(0)] * count
+        for answer, part in zip(answers, parts, strict=True):
+            ends = np.cumsum(answer[COUNT_OF[name]][:, 0])
+            for i, piece in zip(part, np.split(answer[name][0], ends[:-1]), strict=True):
+                pieces[i] = piece
+        return pieces
+    rows = [answer[name] for answer in answers]
+    if len(rows) == 1:
+        return rows[0]
+    merged = np.empty((count, *rows[0].shape[1:]), rows[0].dtype)
+    for part, row in zip(parts, rows, strict=True):
+        merged[part] = row
+    return merged
+
+
+def _too_large(max_bytes: int) -> AnswerTooLarge:
+    return AnswerTooLarge(
+        f"the answer would hold more than {max_bytes} bytes of numbers; send fewer or shorter "
+        "inputs at a time "
+        "(the operator can raise the limit with GATEWAY_MAX_ANSWER_BYTES)"
     )
 
 

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import asyncio
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from backends.contract import (
     ACCOUNT_OUTPUTS,
+    DECODED,
     DENSE,
+    INPUT_IDS,
+    IS_SPECIAL,
     N_TOKENS,
+    SPARSE_INDICES,
+    SPARSE_WEIGHTS,
     TASK_OUTPUTS,
     TOKEN_DTYPE,
+    TOKEN_EMBEDDINGS,
+    TOKEN_IDS,
+    TOKEN_SPANS,
+    TOKEN_TEXTS,
+    TOKEN_VECTORS,
     TRUNCATED,
     RequestParameter,
     Task,
 )
-from gateway.errors import BadRequest
-from gateway.inference import Inference, Pipeline
+from gateway.errors import BadRequest, RefusedItem
+from gateway.inference import Array, Inference, Pipeline
 
 
 @dataclass(frozen=True)
@@ -50,25 +62,171 @@ class TextOptions:
     truncation: str | None = None
     dimensions: int | None = None
     normalize: bool | None = None
+    role: str | None = None
+    """query or document."""
+    top_k: int | None = None
+    """Keep so many of the largest sparse weights."""
 
 
 @dataclass(frozen=True)
-class Embeddings:
-    """The answer to an embed task: one row for each item."""
+class SparseVector:
+    """Weights of some tokens."""
 
-    vectors: npt.NDArray[np.float32]
-    """[n, d]."""
-    n_tokens: npt.NDArray[np.int32]
-    """[n], special tokens included."""
-    is_truncated: npt.NDArray[np.bool_]
-    """[n]."""
+    indices: Array
+    """int32 [k], ascending."""
+    weights: Array
+    """float32 [k]."""
 
 
-async def embed(inference: Inference, pipeline: Pipeline, items: Items, options: TextOptions) -> Embeddings:
-    """Dense embeddings of texts. Raises GatewayError."""
-    outputs = (*TASK_OUTPUTS[Task.EMBED], *ACCOUNT_OUTPUTS)
-    rows = await inference.infer(pipeline, items.elements, outputs, _parameters(items, options))
-    return Embeddings(rows[DENSE], rows[N_TOKENS][:, 0], rows[TRUNCATED][:, 0])
+@dataclass(frozen=True)
+class Representations:
+    """What a model makes of texts, as far as it was asked for."""
+
+    n_tokens: Array
+    """int32 [n], special tokens included."""
+    is_truncated: Array
+    """bool [n]."""
+    dense: Array | None = None
+    """float32 [n, d]."""
+    sparse: list[SparseVector] | None = None
+    colbert: list[Array] | None = None
+    """float32 [v, d] of each text."""
+    tokens: list[Array] | None = None
+    """float32 [t, h] of each text."""
+    token_ids: list[Array] | None = None
+    """int32 [t] of each text."""
+
+    def part(self, start: int, stop: int) -> Representations:
+        """Some neighbouring texts of them."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        cut: dict[str, Any] = {n: None if value is None else value[start:stop] for n, value in given.items()}
+        return Representations(**cut)
+
+
+async def represent(
+    inference: Inference, pipeline: Pipeline, items: Items, tasks: Collection[Task], options: TextOptions
+) -> Representations:
+    """Everything that the tasks ask of texts, from one pass of the encoder. Raises GatewayError."""
+    outputs = [name for task in tasks for name in TASK_OUTPUTS[task]]
+    rows: dict[str, Any] = await inference.infer(
+        pipeline, items.elements, [*outputs, *ACCOUNT_OUTPUTS], _parameters(items, options)
+    )
+    sparse = None
+    if Task.SPARSE in tasks:
+        pairs = zip(rows[SPARSE_INDICES], rows[SPARSE_WEIGHTS], strict=True)
+        sparse = [SparseVector(indices, weights) for indices, weights in pairs]
+    return Representations(
+        n_tokens=rows[N_TOKENS][:, 0],
+        is_truncated=rows[TRUNCATED][:, 0],
+        dense=rows.get(DENSE),
+        sparse=sparse,
+        colbert=rows.get(TOKEN_VECTORS),
+        tokens=rows.get(TOKEN_EMBEDDINGS),
+        token_ids=rows.get(TOKEN_IDS),
+    )
+
+
+async def represent_sides(
+    inference: Inference,
+    pipeline: Pipeline,
+    left: Items,
+    right: Items,
+    tasks: Collection[Task],
+    options: TextOptions,
+) -> tuple[Representations, Representations]:
+    """Both sides of a comparison, in one batch; queries and documents of a model that tells them apart at
+    once.
+
+    Raises GatewayError.
+    """
+    if pipeline.has_roles:
+        sides = ((left, "query", "left"), (right, "document", "right"))
+        both = await asyncio.gather(
+            *(
+                _represent_side(inference, pipeline, items, tasks, replace(options, role=role), field)
+                for items, role, field in sides
+            )
+        )
+        return both[0], both[1]
+    joined = Items([*left.elements, *right.elements], left.has_ids)
+    count = len(left.elements)
+    with _placing_sides(count):
+        whole = await represent(inference, pipeline, joined, tasks, options)
+    return whole.part(0, count), whole.part(count, len(joined.elements))
+
+
+async def _represent_side(
+    inference: Inference,
+    pipeline: Pipeline,
+    items: Items,
+    tasks: Collection[Task],
+    options: TextOptions,
+    field: str,
+) -> Representations:
+    with _placing_sides(len(items.elements) if field == "left" else 0):
+        return await represent(inference, pipeline, items, tasks, options)
+
+
+@contextmanager
+def _placing_sides(left_count: int) -> Iterator[None]:
+    """Says of a refused item on which side it is: the first `left_count` items of a joined list are
+    the left.
+    """
+    try:
+        yield
+    except RefusedItem as error:
+        if error.item is None:
+            raise
+        is_left = error.item < left_count
+        item = error.item if is_left else error.item - left_count
+        field = "left" if is_left else "right"
+        raise RefusedItem(error.message, item=item, reason=error.reason, field=field) from error
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a text, as a person looks at it."""
+
+    id: int
+    text: str
+    is_special: bool
+    start: int
+    """Characters of the text, from and to; equal for special tokens."""
+    stop: int
+
+
+async def tokenize(
+    inference: Inference, pipeline: Pipeline, items: Items, options: TextOptions, *, add_special_tokens: bool
+) -> list[list[Token]]:
+    """The tokens of texts. Raises GatewayError."""
+    parameters = _parameters(items, options)
+    parameters[RequestParameter.ADD_SPECIAL_TOKENS] = add_special_tokens
+    outputs = (INPUT_IDS, TOKEN_TEXTS, TOKEN_SPANS, IS_SPECIAL, N_TOKENS)
+    rows: dict[str, Any] = await inference.infer(
+        pipeline, items.elements, outputs, parameters, stage="tokenizer"
+    )
+    columns = zip(rows[INPUT_IDS], rows[TOKEN_TEXTS], rows[IS_SPECIAL], rows[TOKEN_SPANS], strict=True)
+    return [
+        [
+            Token(int(token), text.decode(), bool(special), int(span[0]), int(span[1]))
+            for token, text, special, span in zip(*column, strict=True)
+        ]
+        for column in columns
+    ]
+
+
+async def decode(
+    inference: Inference, pipeline: Pipeline, items: Items, *, skip_special_tokens: bool
+) -> list[str]:
+    """Lists of token ids -> texts. Raises GatewayError."""
+    parameters = {
+        **_parameters(items, TextOptions()),
+        RequestParameter.SKIP_SPECIAL_TOKENS: skip_special_tokens,
+    }
+    rows: dict[str, Any] = await inference.infer(
+        pipeline, items.elements, (DECODED,), parameters, stage="tokenizer"
+    )
+    return [row[0].decode() for row in rows[DECODED]]
 
 
 def _parameters(items: Items, options: TextOptions) -> dict[str, Any]:
@@ -78,6 +236,8 @@ def _parameters(items: Items, options: TextOptions) -> dict[str, Any]:
         RequestParameter.TRUNCATION: options.truncation,
         RequestParameter.DIMENSIONS: options.dimensions,
         RequestParameter.NORMALIZE: options.normalize,
+        RequestParameter.ROLE: options.role,
+        RequestParameter.TOP_K: options.top_k,
         RequestParameter.TEXT_FORMAT: "ids" if items.has_ids else None,
     }
     for name, value in parameters.items():

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 
 # transformers gives special treatment to names that hold "flash", "sdpa", "flex_attention", "paged|" or "/".
 NAME = "packed"
+# Queries of one block of windowed attention, at least: smaller ones would not fill the matrix unit.
+_LEAST_BLOCK = 128
 
 
 def packed_attention(
@@ -37,12 +39,14 @@ def packed_attention(
     softcap: float | None = None,
     *,
     sequence_lengths: Sequence[int] | None = None,
+    key_lengths: Sequence[int] | None = None,
     on_attention: Callable[[], None] | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, Hq, t, D], key and value [1, Hkv, t, D], sequence_lengths on the host -> [1, t, Hq, D], None.
 
-    `on_attention` is called once for every call: a model that never calls it does not use this function.
+    `key_lengths` says how many tokens at the beginning of each sequence are looked at, all of them without
+    it. `on_attention` is called once for every call: a model that never calls it does not use this function.
     Raises RuntimeError for a call that does not come from a packed batch.
     """
     if attention_mask is not None or sequence_lengths is None or query.shape[0] != 1:
@@ -55,51 +59,71 @@ def packed_attention(
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-    for start, count, length in equal_length_runs(sequence_lengths):
+    for start, count, length, key_length in equal_length_runs(sequence_lengths, key_lengths):
         stop = start + count * length
         # [H, count * length, D] -> [count, H, length, D], all views
         q, k, v = (
             x[0, :, start:stop].view(-1, count, length, x.shape[-1]).transpose(0, 1)
             for x in (query, key, value)
         )
-        mask = _window_mask(length, causal, sliding_window, query.device)
-        plain_causal = causal and mask is None
-        if softcap is None:
-            out = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=plain_causal,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-        else:
-            out = _softcap_attention(q, k, v, mask, plain_causal, scaling, softcap)
-        output[start:stop] = out.transpose(1, 2).flatten(0, 1)
+        k, v = k[:, :, :key_length], v[:, :, :key_length]
+        out = output[start:stop].view(count, length, *output.shape[1:])
+        for first, last, keys, mask in _blocks(length, key_length, causal, sliding_window, query.device):
+            block = (q[:, :, first:last], k[:, :, keys], v[:, :, keys])
+            plain_causal = causal and mask is None
+            if softcap is None:
+                part = F.scaled_dot_product_attention(
+                    *block,
+                    attn_mask=mask,
+                    is_causal=plain_causal,
+                    scale=scaling,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )
+            else:
+                part = _softcap_attention(*block, mask, plain_causal, scaling, softcap)
+            out[:, first:last] = part.transpose(1, 2)
     return output[None], None
 
 
-def equal_length_runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first token, number of sequences, length) of every run of neighbours of one length; empty ones
-    left out.
+def equal_length_runs(
+    lengths: Sequence[int], key_lengths: Sequence[int] | None = None
+) -> Iterator[tuple[int, int, int, int]]:
+    """(first token, number of sequences, length, key length) of every run of neighbours that are alike; empty
+    ones left out.
     """
     start = 0
-    for length, run in groupby(lengths):
+    for (length, key_length), run in groupby(zip(lengths, key_lengths or lengths, strict=True)):
         count = sum(1 for _ in run)
         if length:
-            yield start, count, length
+            yield start, count, length, key_length
         start += count * length
 
 
-def _window_mask(length: int, causal: bool, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """bool [length, length], True where a token may look; None where no window cuts anything off."""
-    if window is None or window >= length:
-        return None
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    allowed = distance.abs() < window
-    return allowed & (distance >= 0) if causal else allowed
+Block = tuple[int, int, slice, torch.Tensor | None]
+
+
+def _blocks(
+    length: int, key_length: int, causal: bool, window: int | None, device: torch.device
+) -> Iterator[Block]:
+    """(first query, end of the queries, their keys, mask) of every block of a sequence.
+
+    One block where no window cuts anything off. With a window, a block of queries sees so few keys that
+    neither time nor memory grows with the square of the length.
+    """
+    if window is None or window >= max(length, key_length):
+        yield 0, length, slice(0, key_length), None
+        return
+    size = max(window, _LEAST_BLOCK)
+    for first in range(0, length, size):
+        last = min(first + size, length)
+        begin = min(max(0, first - window + 1), key_length - 1)
+        end = max(min(key_length, last if causal else last + window - 1), begin + 1)
+        distance = torch.arange(first, last, device=device)[:, None] - torch.arange(begin, end, device=device)
+        allowed = distance.abs() < window
+        if causal:
+            allowed &= distance >= 0
+        # A token that only looks may lie further than a window behind the last key: it looks at all there is.
+        yield first, last, slice(begin, end), allowed | ~allowed.any(-1, keepdim=True)
 
 
 def _softcap_attention(

@@ -1,13 +1,43 @@
-"""The model families that can be served. One file each; a new family is a file and a line here."""
+"""The architectures that can be served. One file each; a new family is a file and a line here."""
 
 from __future__ import annotations
 
 from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError
-from backends.families import bert
+from backends.families import (
+    albert,
+    bert,
+    deberta,
+    distilbert,
+    electra,
+    eurobert,
+    gemma3,
+    gte,
+    jina_v3,
+    modernbert,
+    mpnet,
+    nomic_bert,
+    roberta,
+    xlm_roberta,
+)
 from backends.families.base import Family
 
-FAMILIES: dict[str, Family] = {"bert": bert.FAMILY}
+FAMILIES: dict[str, Family] = {
+    "albert": albert.FAMILY,
+    "bert": bert.FAMILY,
+    "deberta": deberta.FAMILY,
+    "distilbert": distilbert.FAMILY,
+    "electra": electra.FAMILY,
+    "eurobert": eurobert.FAMILY,
+    "gemma3": gemma3.FAMILY,
+    "gte": gte.FAMILY,
+    "jina_v3": jina_v3.FAMILY,
+    "modernbert": modernbert.FAMILY,
+    "mpnet": mpnet.FAMILY,
+    "nomic_bert": nomic_bert.FAMILY,
+    "roberta": roberta.FAMILY,
+    "xlm_roberta": xlm_roberta.FAMILY,
+}
 
 
 def family_of(checkpoint: Checkpoint, model_type: str | None = None) -> Family:
@@ -18,17 +48,17 @@ def family_of(checkpoint: Checkpoint, model_type: str | None = None) -> Family:
     CheckpointError, which lists the families, when there is none.
     """
     own = checkpoint.model_type
-    if model_type and own and model_type != own:
+    wanted = own or model_type
+    if not wanted:
+        raise CheckpointError(f"{checkpoint.path}/config.json has no model_type; give it with --model-type")
+    family = next((f for f in FAMILIES.values() if wanted in f.model_types), None)
+    if model_type and own and model_type != own and (family is None or family.name != model_type):
         raise CheckpointError(
             f"--model-type is {model_type!r}, but {checkpoint.path}/config.json says {own!r}; leave "
             "the option out"
         )
-    wanted = own or model_type
-    if not wanted:
-        raise CheckpointError(f"{checkpoint.path}/config.json has no model_type; give it with --model-type")
-    for family in FAMILIES.values():
-        if wanted in family.model_types:
-            return family
+    if family is not None:
+        return family
     known = ", ".join(sorted(t for family in FAMILIES.values() for t in family.model_types))
     raise CheckpointError(
         f"{checkpoint.path} is a {wanted!r} model ({checkpoint.architecture or 'no architecture named'}), "

@@ -14,8 +14,15 @@ if TYPE_CHECKING:
     from backends.checkpoint import Checkpoint
 
 
-def _no_offset(config: Mapping[str, Any]) -> int:
+def from_zero(config: Mapping[str, Any]) -> int:
+    """Positions begin at 0."""
     return 0
+
+
+def after_padding(config: Mapping[str, Any]) -> int:
+    """Positions begin behind the padding id (RoBERTa and its descendants)."""
+    padding = config.get("pad_token_id")
+    return (1 if padding is None else int(padding)) + 1
 
 
 @dataclass(frozen=True)
@@ -27,16 +34,27 @@ class Family:
     """The values of config.json's model_type that belong to it."""
     has_token_types: bool = False
     """Whether forward takes token_type_ids."""
-    position_offset: Callable[[Mapping[str, Any]], int] = _no_offset
+    position_offset: Callable[[Mapping[str, Any]], int] = from_zero
     """config.json -> the position of a sequence's first token."""
     load_arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of from_pretrained besides the usual ones."""
+    forward_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of forward besides the usual ones."""
+    native_config: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda config: None
+    """A config.json that transformers would misread -> the arguments of its own configuration; None for one
+    that it reads right. Raises CheckpointError for a value that would change the numbers.
+    """
+    adjust: Callable[[torch.nn.Module, Mapping[str, Any]], None] = lambda model, config: None
+    """What is left to do to a loaded model, given config.json."""
+    unsupported_dtypes: tuple[str, ...] = ()
+    """Values of the option dtype with which the numbers overflow."""
 
     def max_length(self, checkpoint: Checkpoint) -> int:
         """Tokens of one text that the checkpoint's limit and its positions allow."""
-        positions = int(checkpoint.config.get("max_position_embeddings") or 0)
-        free = positions - self.position_offset(checkpoint.config)
-        return min(checkpoint.max_length, free) if positions > 0 else checkpoint.max_length
+        positions = checkpoint.positions
+        if positions is None:
+            return checkpoint.max_length
+        return min(checkpoint.max_length, positions - self.position_offset(checkpoint.config))
 
     def load(
         self,
@@ -59,7 +77,7 @@ class Family:
         # The heads of other tasks are left out on purpose, which transformers would report each time.
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        own = {} if checkpoint.model_type else {"config": self._make_config(checkpoint)}
+        config = self._make_config(checkpoint)
         model, info = transformers.AutoModel.from_pretrained(
             checkpoint.transformer_path,
             attn_implementation=attention,
@@ -67,7 +85,7 @@ class Family:
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            **own,
+            **({} if config is None else {"config": config}),
             **self.load_arguments,
         )
         missing = sorted(info["missing_keys"])
@@ -76,10 +94,15 @@ class Family:
                 f"{checkpoint.transformer_path} lacks {len(missing)} weights of a {type(model).__name__}, "
                 f"among them {missing[0]}; the download was cut short, or the checkpoint is of another model"
             )
-        return model.to(device).eval()  # type: ignore[no-any-return]
+        model = model.to(device).eval()
+        self.adjust(model, checkpoint.config)
+        return model  # type: ignore[no-any-return]
 
     def _make_config(self, checkpoint: Checkpoint) -> Any:
-        """For a config.json that does not name its model_type."""
+        """For a config.json that transformers cannot read alone; None for all others."""
         import transformers
 
-        return transformers.AutoConfig.for_model(self.model_types[0], **checkpoint.config)
+        native = self.native_config(checkpoint.config)
+        if native is None and not checkpoint.model_type:
+            native = dict(checkpoint.config)
+        return None if native is None else transformers.AutoConfig.for_model(self.model_types[0], **native)

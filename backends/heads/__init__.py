@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from backends.heads import dense
+from backends.heads import colbert, dense, sparse, tokens
 from backends.heads.base import HeadSpec
 
-HEADS: dict[str, HeadSpec] = {"dense": dense.HEAD}
+HEADS: dict[str, HeadSpec] = {
+    "dense": dense.HEAD,
+    "sparse": sparse.HEAD,
+    "colbert": colbert.HEAD,
+    "tokens": tokens.HEAD,
+}

@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from backends.contract import Task, TensorSpec
     from backends.ragged import Ragged
 
+BGE_M3 = "bge_m3"
+"""The word of the option `task` for all three heads of BGE-M3."""
+
+# Parts of config.json's architecture, or values of model_type in config_sentence_transformers.json.
+_OTHER_TASKS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "CrossEncoder",
+)
+
 
 class Head(Protocol):
     """A loaded head. It keeps no state between calls."""
@@ -22,10 +33,11 @@ class Head(Protocol):
 
     def __call__(
         self, hidden: Ragged, inputs: Mapping[str, torch.Tensor], parameters: Mapping[str, Any]
-    ) -> dict[str, torch.Tensor]:
-        """Hidden states [t, h] of sequences that share their request parameters -> outputs with one row each.
+    ) -> dict[str, torch.Tensor | Ragged]:
+        """Hidden states [t, h] of sequences that share their request parameters -> outputs.
 
-        `inputs` holds one value [n] for each sequence, by the names in HeadSpec.inputs.
+        A tensor has one row for each sequence; a Ragged has as many values of each sequence as it says.
+        `inputs` holds one value [n] for each sequence or one [t] for each token, by HeadSpec.inputs.
         """
 
 
@@ -38,14 +50,25 @@ class HeadSpec:
     """What the option `task` may say, in lower case, besides the task's own name: other servers'
     words for it.
     """
-    is_default: Callable[[Checkpoint], bool]
-    """Whether a checkpoint is served with this head when nobody says what it is for."""
+    reason: Callable[[Checkpoint], str | None]
+    """Why a checkpoint is served with this head when nobody says what it is for; None when it is not."""
     facts: Callable[[Checkpoint], Mapping[str, str]]
     """What the pipeline tells its clients about the head, by PipelineParameter."""
     outputs: Callable[[Checkpoint], tuple[TensorSpec, ...]]
     """Raises CheckpointError when the checkpoint's head cannot be served."""
     inputs: Callable[[Checkpoint], tuple[str, ...]]
-    """Tensors with one value for each sequence that the head reads besides hidden and length."""
+    """Tensors that the head reads besides hidden and length."""
     parameters: tuple[str, ...]
     """The request parameters that the head reads; requests that agree in them share a pass."""
-    load: Callable[[Checkpoint, torch.device], Head]
+    load: Callable[[Checkpoint, torch.device, torch.dtype], Head] | None
+    """In the number format that large products are computed in. None for a head with a stage of its own."""
+    stage_class: str = "backends.stages.head.HeadStage"
+    is_heavy: bool = False
+    """Whether it computes so much that one core would be too little."""
+
+
+def is_for_another_task(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint says that it was made for something that no head here is for."""
+    return any(
+        mark in checkpoint.architecture or mark == checkpoint.sentence_model_type for mark in _OTHER_TASKS
+    )

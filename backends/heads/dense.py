@@ -8,12 +8,13 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from backends.checkpoint import Checkpoint, Module
 from backends.contract import (
     DENSE,
+    INPUT_IDS,
     PROMPT_LENGTH,
     ErrorCode,
     PipelineParameter,
@@ -22,13 +23,16 @@ from backends.contract import (
     TensorSpec,
 )
 from backends.errors import CheckpointError, RequestError
-from backends.heads.base import HeadSpec
+from backends.heads.base import BGE_M3, HeadSpec, is_for_another_task
 
 if TYPE_CHECKING:
     import torch
 
     from backends.ragged import Ragged
     from backends.sentence_modules import Pooling
+
+    Chain = Callable[[Ragged, Mapping[str, torch.Tensor]], torch.Tensor]
+    """hidden [t, h], inputs by name -> float32 [n, d]."""
 
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 # The booleans of older checkpoints; several of them are concatenated in this order.
@@ -40,17 +44,8 @@ _POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-# Parts of config.json's architecture, or values of model_type in config_sentence_transformers.json.
-OTHER_TASKS = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-    "HF_ColBERT",
-    "CrossEncoder",
-    "SparseEncoder",
-    "MultiVectorEncoder",
-    "ColBERT",
-)
+# Values of model_type in config_sentence_transformers.json, and an architecture, of models that pool nothing.
+_UNPOOLED = ("SparseEncoder", "MultiVectorEncoder", "ColBERT", "HF_ColBERT")
 _LINKS = ("Dense", "LayerNorm", "Normalize")
 _SENTENCE = "sentence_embedding"
 
@@ -76,10 +71,27 @@ def pools_without_prompt(checkpoint: Checkpoint) -> bool:
     return any(m.kind == "Pooling" and m.config.get("include_prompt") is False for m in checkpoint.modules)
 
 
-def dimensions(checkpoint: Checkpoint) -> int:
-    """Components of an embedding, as far as the checkpoint's truncate_dim lets them out."""
-    size = chain_size(checkpoint)
-    return size if checkpoint.truncate_dim is None else min(size, checkpoint.truncate_dim)
+def has_own_code(checkpoint: Checkpoint) -> bool:
+    """Whether a module of the chain is a class that the checkpoint brings."""
+    return any(module.code is not None for module in checkpoint.modules)
+
+
+def dimensions(checkpoint: Checkpoint) -> int | None:
+    """Components of an embedding, as far as the checkpoint's truncate_dim lets them out; None where only its
+    own code knows.
+    """
+    size = own_code_size(checkpoint) if has_own_code(checkpoint) else chain_size(checkpoint)
+    return size if size is None or checkpoint.truncate_dim is None else min(size, checkpoint.truncate_dim)
+
+
+def own_code_size(checkpoint: Checkpoint) -> int | None:
+    """What the modules behind the last one of the checkpoint's own code say; they are not checked further."""
+    size = None
+    for module in checkpoint.modules:
+        declared = module.config.get("out_features") or module.config.get("embedding_dimension")
+        if module.code is not None or module.kind == "Dense":
+            size = declared if isinstance(declared, int) else None
+    return size
 
 
 def chain_size(checkpoint: Checkpoint) -> int:
@@ -126,11 +138,8 @@ def _link_size(module: Module, size: int) -> int:
 class DenseHead:
     """Applies the chain, then what the request asks of the result."""
 
-    def __init__(
-        self, pooling: Pooling, links: Sequence[torch.nn.Module], size: int, normalizes: bool
-    ) -> None:
-        self.pooling = pooling
-        self.links = links
+    def __init__(self, chain: Chain, size: int | None, normalizes: bool) -> None:
+        self.chain = chain
         self.size = size
         self.normalizes = normalizes
 
@@ -140,17 +149,15 @@ class DenseHead:
             raise RequestError(ErrorCode.INVALID_INPUT, f"normalize is {normalize!r}; it takes true or false")
         wanted = parameters.get(RequestParameter.DIMENSIONS)
         is_number = isinstance(wanted, int) and not isinstance(wanted, bool)
-        if wanted is not None and not (is_number and 1 <= wanted <= self.size):
+        if wanted is not None and not (is_number and 1 <= wanted <= (self.size or wanted)):
             raise RequestError(
                 ErrorCode.INVALID_DIMENSIONS, f"dimensions is {wanted}; this model takes 1 to {self.size}"
             )
 
     def __call__(
         self, hidden: Ragged, inputs: Mapping[str, torch.Tensor], parameters: Mapping[str, Any]
-    ) -> dict[str, torch.Tensor]:
-        vectors = self.pooling(hidden, inputs.get(PROMPT_LENGTH))
-        for link in self.links:
-            vectors = link(vectors)
+    ) -> dict[str, torch.Tensor | Ragged]:
+        vectors = self.chain(hidden, inputs)
         # Cutting first and normalising last gives a cut vector its unit length back.
         wanted = parameters.get(RequestParameter.DIMENSIONS)
         vectors = vectors[:, : wanted or self.size]
@@ -159,30 +166,74 @@ class DenseHead:
         return {DENSE: vectors.contiguous()}
 
 
-def _load(checkpoint: Checkpoint, device: torch.device) -> DenseHead:
+class PooledChain:
+    """Pooling, then modules over one vector for each sequence."""
+
+    def __init__(self, pooling: Pooling, links: Sequence[torch.nn.Module]) -> None:
+        self.pooling = pooling
+        self.links = links
+
+    def __call__(self, hidden: Ragged, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        vectors = self.pooling(hidden, inputs.get(PROMPT_LENGTH))
+        for link in self.links:
+            vectors = link(vectors)
+        return vectors
+
+
+def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DenseHead:
     from backends.sentence_modules import Pooling, load_link
 
-    first, *rest = checkpoint.modules
-    normalizes = bool(rest) and rest[-1].kind == "Normalize"
-    links = [load_link(module, device) for module in (rest[:-1] if normalizes else rest)]
-    pooling = Pooling(pooling_modes(first.config))
-    return DenseHead(pooling, links, dimensions(checkpoint), normalizes)
+    modules = checkpoint.modules
+    normalizes = len(modules) > 1 and modules[-1].kind == "Normalize"
+    if has_own_code(checkpoint):
+        from backends.own_code import OwnChain
+
+        chain: Chain = OwnChain(checkpoint, modules[:-1] if normalizes else modules, pooling_modes, device)
+    else:
+        first, *rest = modules
+        links = [load_link(module, device) for module in (rest[:-1] if normalizes else rest)]
+        chain = PooledChain(Pooling(pooling_modes(first.config)), links)
+    return DenseHead(chain, dimensions(checkpoint), normalizes)
 
 
-def _is_default(checkpoint: Checkpoint) -> bool:
+def _inputs(checkpoint: Checkpoint) -> tuple[str, ...]:
+    own = (INPUT_IDS,) if has_own_code(checkpoint) else ()
+    return (*own, PROMPT_LENGTH) if pools_without_prompt(checkpoint) else own
+
+
+def _reason(checkpoint: Checkpoint) -> str | None:
     """Everything but what says that it was made for another task."""
-    return not any(
-        mark in checkpoint.architecture or mark == checkpoint.sentence_model_type for mark in OTHER_TASKS
+    if is_for_another_task(checkpoint):
+        return None
+    if checkpoint.sentence_model_type in _UNPOOLED or checkpoint.architecture in _UNPOOLED:
+        return None
+    first = checkpoint.modules[0] if checkpoint.modules else None
+    if first is not None and first.kind == "SpladePooling":
+        return None
+    how = (
+        "+".join(pooling_modes(first.config)) if first is not None and first.kind == "Pooling" else "own code"
     )
+    return f"its tokens are pooled ({how})"
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, str]:
+    size = dimensions(checkpoint)
+    pooling = next((m for m in checkpoint.modules if m.kind == "Pooling"), None)
+    facts: dict[str, str] = {}
+    if pooling is not None:
+        facts[PipelineParameter.POOLING] = ",".join(pooling_modes(pooling.config))
+    if size is not None:
+        facts[PipelineParameter.DIMENSIONS] = str(size)
+    return facts
 
 
 HEAD = HeadSpec(
     task=Task.EMBED,
-    task_names=("dense_embedding",),
-    is_default=_is_default,
-    facts=lambda checkpoint: {PipelineParameter.DIMENSIONS: str(dimensions(checkpoint))},
-    outputs=lambda checkpoint: (TensorSpec(DENSE, "FP32", (dimensions(checkpoint),)),),
-    inputs=lambda checkpoint: (PROMPT_LENGTH,) if pools_without_prompt(checkpoint) else (),
+    task_names=("dense_embedding", "dense", BGE_M3),
+    reason=_reason,
+    facts=_facts,
+    outputs=lambda checkpoint: (TensorSpec(DENSE, "FP32", (dimensions(checkpoint) or -1,)),),
+    inputs=_inputs,
     parameters=(RequestParameter.DIMENSIONS, RequestParameter.NORMALIZE),
     load=_load,
 )

@@ -7,12 +7,17 @@ import re
 from backends.checkpoint import Checkpoint
 from backends.contract import (
     ACCOUNT_OUTPUTS,
+    DECODED,
     HIDDEN,
     INPUT_IDS,
+    IS_SPECIAL,
+    KEY_LENGTH,
     LENGTH,
     N_TOKENS,
     PROMPT_LENGTH,
     TEXT,
+    TOKEN_SPANS,
+    TOKEN_TEXTS,
     TRUNCATED,
     PipelineParameter,
     PipelineSpec,
@@ -23,14 +28,17 @@ from backends.errors import CheckpointError, OptionError
 from backends.families import family_of
 from backends.families.base import Family
 from backends.heads import HEADS
+from backends.late_interaction import late_interaction_of
 from backends.options import WIRE_DTYPES, ServingOptions
+from backends.trust import check_trust
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# Tensors with one value for each item of a request, in one row: [1, n].
-_PER_ITEM = {
-    LENGTH: TensorSpec(LENGTH, "INT32", (-1,), True),
-    PROMPT_LENGTH: TensorSpec(PROMPT_LENGTH, "INT32", (-1,), True),
+# Tensors with one value for each item of a request, or for each token, in one row: [1, n] or [1, t].
+_ROWS = {
+    name: TensorSpec(name, "INT32", (-1,), True) for name in (INPUT_IDS, LENGTH, PROMPT_LENGTH, KEY_LENGTH)
 }
+# Words of the option `task` that are known, for heads that are not there yet.
+_LATER = ("reranker", "classifier", "seq_classification")
 _TEXT = TensorSpec(TEXT, "STRING", (-1,), True)
 
 
@@ -44,7 +52,14 @@ def build_pipeline(
             "(--served-model-name takes any)"
         )
     family = family_of(checkpoint, options.model_type)
-    heads = heads_of(checkpoint, options)
+    if options.dtype in family.unsupported_dtypes:
+        raise OptionError(
+            f"{family.name} models overflow in {options.dtype}; give --dtype bfloat16 or float32"
+        )
+    reasons = heads_of(checkpoint, options)
+    heads = tuple(reasons)
+    for head in heads:
+        check_trust(checkpoint, HEADS[head].task, options)
     stages = (
         _tokenizer(reference, options),
         _encoder(reference, checkpoint, options),
@@ -59,33 +74,42 @@ def build_pipeline(
         outputs=(*outputs, *account),
         stages=stages,
         parameters=_describe(name, reference, checkpoint, options, family, heads),
-        notes=checkpoint.notes,
+        # They are about pooling, which no other head does.
+        notes=checkpoint.notes if "dense" in heads else (),
+        reasons=reasons,
     )
     check_wiring(pipeline)
     return pipeline
 
 
-def heads_of(checkpoint: Checkpoint, options: ServingOptions) -> tuple[str, ...]:
-    """The heads that a checkpoint is served with: those of the task that a person gives, or what it is made
-    for.
+def heads_of(checkpoint: Checkpoint, options: ServingOptions) -> dict[str, str]:
+    """The heads that a checkpoint is served with, and why: those of the task that a person gives, or what it
+    is made for.
 
     Raises OptionError for a task that is not served, CheckpointError for a checkpoint made for such a task.
     """
     if options.task is not None:
         wanted = options.task.lower().replace("-", "_")
-        heads = tuple(name for name, head in HEADS.items() if wanted in (head.task, *head.task_names))
+        heads = {
+            name: f"--task {options.task}"
+            for name, head in HEADS.items()
+            if wanted in (head.task, *head.task_names)
+        }
+        if not heads and wanted in _LATER:
+            raise OptionError(f"task is {options.task!r}: rerankers and classifiers are not served yet")
         if not heads:
-            known = ", ".join(word for head in HEADS.values() for word in (head.task, *head.task_names))
-            raise OptionError(f"task is {options.task!r}; it takes {known}")
+            known = dict.fromkeys(word for head in HEADS.values() for word in (head.task, *head.task_names))
+            raise OptionError(f"task is {options.task!r}; it takes {', '.join([*known, *_LATER])}")
         return heads
-    heads = tuple(name for name, head in HEADS.items() if head.is_default(checkpoint))
-    if not heads:
+    found = {name: head.reason(checkpoint) for name, head in HEADS.items()}
+    reasons = {name: reason for name, reason in found.items() if reason is not None}
+    if not reasons:
         raise CheckpointError(
             f"{checkpoint.path} is made for a task that is not served yet ({checkpoint.architecture}, "
             f"{checkpoint.sentence_model_type}); --task embed serves its encoder as an embedding "
             "model all the same"
         )
-    return heads
+    return reasons
 
 
 def check_wiring(pipeline: PipelineSpec) -> None:
@@ -105,7 +129,13 @@ def check_wiring(pipeline: PipelineSpec) -> None:
                     "before it makes"
                 )
             read.add(spec.name)
-        made.update({spec.name: spec for spec in stage.outputs})
+        wanted = {*read, *(spec.name for spec in pipeline.outputs)}
+        for spec in stage.outputs:
+            if spec.name in made and spec.name in wanted:
+                raise ValueError(
+                    f"{pipeline.name}: {spec.name} is made by two steps, {stage.stage} among them"
+                )
+            made[spec.name] = spec
     for spec in pipeline.outputs:
         if spec.name in read or spec.name not in made:
             raise ValueError(
@@ -128,6 +158,8 @@ def _describe(
         PipelineParameter.SERVED_MODEL_NAME: options.served_model_name or name,
         PipelineParameter.MAX_LENGTH: str(family.max_length(checkpoint)),
         PipelineParameter.MAX_BATCH_TOKENS: str(options.max_batch_tokens),
+        PipelineParameter.DTYPE: options.dtype,
+        PipelineParameter.TRUNCATION: options.truncation,
     }
     for head in heads:
         described.update(HEADS[head].facts(checkpoint))
@@ -143,18 +175,26 @@ def _tokenizer(reference: str, options: ServingOptions) -> StageSpec:
             TensorSpec(INPUT_IDS, "INT32", (-1,)),
             TensorSpec(LENGTH, "INT32", (-1,)),
             TensorSpec(PROMPT_LENGTH, "INT32", (-1,)),
+            TensorSpec(KEY_LENGTH, "INT32", (-1,)),
             TensorSpec(N_TOKENS, "INT32", (1,)),
             TensorSpec(TRUNCATED, "BOOL", (1,)),
+            # For who calls this entry directly.
+            TensorSpec(TOKEN_TEXTS, "STRING", (-1,)),
+            TensorSpec(TOKEN_SPANS, "INT32", (-1, 2)),
+            TensorSpec(IS_SPECIAL, "BOOL", (-1,)),
+            TensorSpec(DECODED, "STRING", (1,)),
         ),
         parameters={"checkpoint": reference, **options.to_parameters()},
     )
 
 
 def _encoder(reference: str, checkpoint: Checkpoint, options: ServingOptions) -> StageSpec:
+    late = late_interaction_of(checkpoint)
+    keys = (_ROWS[KEY_LENGTH],) if late is not None and late.has_blind_tokens else ()
     return StageSpec(
         stage="encoder",
         stage_class="backends.stages.encoder.EncoderStage",
-        inputs=(TensorSpec(INPUT_IDS, "INT32", (-1,), True), _PER_ITEM[LENGTH]),
+        inputs=(_ROWS[INPUT_IDS], _ROWS[LENGTH], *keys),
         outputs=(_hidden(checkpoint, options),),
         parameters={"checkpoint": reference, **options.to_parameters()},
         device=options.device,
@@ -165,11 +205,11 @@ def _encoder(reference: str, checkpoint: Checkpoint, options: ServingOptions) ->
 def _head(head: str, reference: str, checkpoint: Checkpoint, options: ServingOptions) -> StageSpec:
     spec = HEADS[head]
     hidden = _hidden(checkpoint, options)
-    extra = tuple(_PER_ITEM[name] for name in spec.inputs(checkpoint))
+    extra = tuple(_ROWS[name] for name in spec.inputs(checkpoint))
     return StageSpec(
         stage=head,
-        stage_class="backends.stages.head.HeadStage",
-        inputs=(TensorSpec(hidden.name, hidden.dtype, hidden.dims, True), _PER_ITEM[LENGTH], *extra),
+        stage_class=spec.stage_class,
+        inputs=(TensorSpec(hidden.name, hidden.dtype, hidden.dims, True), _ROWS[LENGTH], *extra),
         outputs=spec.outputs(checkpoint),
         parameters={"checkpoint": reference, "head": head, **options.to_parameters()},
         device=options.device,

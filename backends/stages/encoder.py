@@ -1,5 +1,7 @@
-"""The encoder stage: input_ids [1, t], length [1, n] -> hidden [1, t, h], all requests of a batch in
-packed passes.
+"""The encoder stage: input_ids [1, t], length [1, n] -> hidden [1, t, h], all requests of a batch in packed
+passes.
+
+With key_length [1, n] where some tokens of a sequence are not to be looked at.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from backends.contract import HIDDEN, INPUT_IDS, LENGTH
+from backends.contract import HIDDEN, INPUT_IDS, KEY_LENGTH, LENGTH
 from backends.device import TORCH_DTYPES, compute_dtype, place
 from backends.families import family_of
 from backends.forward import choose_forward, encode
+from backends.late_interaction import late_interaction_of
 from backends.options import WIRE_DTYPES
 from backends.ragged import Ragged
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
@@ -36,6 +39,8 @@ class EncoderStage(Stage):
         self.device = place(context.device)
         dtype = compute_dtype(options.dtype, self.device)
         family = family_of(context.checkpoint, options.model_type)
+        late = late_interaction_of(context.checkpoint)
+        self.has_key_length = late is not None and late.has_blind_tokens
 
         def load(attention: str | None) -> torch.nn.Module:
             return family.load(
@@ -72,7 +77,10 @@ class EncoderStage(Stage):
         lengths = [request.array(LENGTH)[0] for request in batch]
         values = torch.from_numpy(ids.astype(np.int64)).to(self.device)
         tokens = Ragged(values, np.concatenate(lengths).astype(np.int64))
+        keys = None
+        if self.has_key_length:
+            keys = np.concatenate([request.array(KEY_LENGTH)[0] for request in batch]).astype(np.int64)
         with torch.inference_mode():
-            hidden = encode(self.forward, tokens, self.max_batch_tokens, self.wire_dtype)
+            hidden = encode(self.forward, tokens, self.max_batch_tokens, self.wire_dtype, keys)
         sizes = [int(one.sum()) for one in lengths]
         return [{HIDDEN: part[None]} for part in torch.split(hidden, sizes)]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from backends.contract import HIDDEN, LENGTH
-from backends.device import place
+from backends.contract import COUNT_OF, HIDDEN, LENGTH
+from backends.device import compute_dtype, place
 from backends.errors import RequestError
 from backends.heads import HEADS
 from backends.ragged import Ragged
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
+from backends.trust import check_trust
 
 HEAD = "head"
 """The entry's parameter that names the head."""
@@ -24,13 +26,16 @@ class HeadStage(Stage):
     """Applies one head; requests with the same parameters share a pass."""
 
     def setup(self, context: StageContext) -> None:
-        # Heads are small: one thread each leaves the cores to the encoder.
-        torch.set_num_threads(1)
-        self.device = place(context.device)
         spec = HEADS[context.parameters[HEAD]]
+        options = context.options
+        # Most heads are small: one thread each leaves the cores to the encoder.
+        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)) if spec.is_heavy else 1)
+        self.device = place(context.device)
         self.extra_inputs = spec.inputs(context.checkpoint)
         self.parameter_names = spec.parameters
-        self.head = spec.load(context.checkpoint, self.device)
+        assert spec.load is not None
+        check_trust(context.checkpoint, spec.task, options)
+        self.head = spec.load(context.checkpoint, self.device, compute_dtype(options.dtype, self.device))
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
         answers: list[Answer | RequestError | None] = [None] * len(batch)
@@ -61,5 +66,19 @@ class HeadStage(Stage):
         with torch.inference_mode():
             outputs = self.head(hidden, extra, self._parameters(batch[0]))
         counts = [len(one) for one in lengths]
-        split = {name: torch.split(value, counts) for name, value in outputs.items()}
+        split: dict[str, Sequence[Any]] = {}
+        for name, value in outputs.items():
+            if isinstance(value, Ragged):
+                split[name], split[COUNT_OF[name]] = _split_ragged(value, counts)
+            else:
+                split[name] = torch.split(value, counts)
         return [{name: rows[i] for name, rows in split.items()} for i in range(len(batch))]
+
+
+def _split_ragged(value: Ragged, counts: Sequence[int]) -> tuple[list[torch.Tensor], list[Any]]:
+    """([1, values of a request, ...], [n, 1] how many are each text's) of every request, of `counts`
+    texts each.
+    """
+    lengths = np.split(value.lengths, np.cumsum(counts)[:-1])
+    rows = torch.split(value.values, [int(one.sum()) for one in lengths])
+    return [row[None] for row in rows], [one.astype(np.int32)[:, None] for one in lengths]

@@ -1,16 +1,38 @@
-"""The tokenizer stage: text [n, 1] -> input_ids [1, t], length [1, n], n_tokens [n, 1], truncated [n, 1]."""
+"""The tokenizer stage: text [n, 1] -> input_ids [1, t], length [1, n], n_tokens [n, 1], truncated [n, 1] ...
+
+Called directly, past the ensemble, it tells what a person wants to know of tokens: their texts and places in
+the text, and the text of token ids.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from backends.contract import INPUT_IDS, LENGTH, N_TOKENS, PROMPT_LENGTH, TEXT, TRUNCATED, ErrorCode
+from backends.contract import (
+    DECODED,
+    INPUT_IDS,
+    IS_SPECIAL,
+    KEY_LENGTH,
+    LENGTH,
+    N_TOKENS,
+    PROMPT_LENGTH,
+    TEXT,
+    TOKEN_SPANS,
+    TOKEN_TEXTS,
+    TRUNCATED,
+    ErrorCode,
+    RequestParameter,
+)
 from backends.errors import RequestError
 from backends.families import family_of
+from backends.late_interaction import late_interaction_of
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 from backends.tokenization import TextTokenizer, TokenizerSettings
+
+_DESCRIPTION = frozenset({TOKEN_TEXTS, TOKEN_SPANS, IS_SPECIAL})
 
 
 class TokenizerStage(Stage):
@@ -18,29 +40,67 @@ class TokenizerStage(Stage):
 
     def setup(self, context: StageContext) -> None:
         family = family_of(context.checkpoint, context.options.model_type)
-        self.tokenizer = TextTokenizer(context.checkpoint, family.max_length(context.checkpoint))
+        self.late = late_interaction_of(context.checkpoint)
+        self.tokenizer = TextTokenizer(context.checkpoint, family.max_length(context.checkpoint), self.late)
         self.truncation = context.options.truncation
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
-        return [self._tokenize(request) for request in batch]
+        return [self._answer(request) for request in batch]
 
-    def _tokenize(self, request: StageRequest) -> Answer | RequestError:
+    def _answer(self, request: StageRequest) -> Answer | RequestError:
         try:
-            settings = TokenizerSettings.read(request.parameters, self.tokenizer.checkpoint, self.truncation)
+            settings = TokenizerSettings.read(
+                request.parameters, self.tokenizer.checkpoint, self.truncation, self.late
+            )
             text = request.array(TEXT)
             if text.shape[1] != 1:
                 raise RequestError(
                     ErrorCode.INVALID_INPUT,
                     f"text has shape {list(text.shape)}; this model takes [n, 1], one text each",
                 )
-            rows = self.tokenizer.encode(text[:, 0].tolist(), settings)
+            items = text[:, 0].tolist()
+            if request.wanted & _DESCRIPTION:
+                return self._describe(items, settings, request)
+            if DECODED in request.wanted:
+                return self._decode(items, request)
+            return self._tokenize(items, settings)
         except RequestError as error:
             return error
+
+    def _tokenize(self, items: list[bytes], settings: TokenizerSettings) -> Answer:
+        rows = self.tokenizer.encode(items, settings)
         length = np.array([len(row.ids) for row in rows], np.int32)
         return {
             INPUT_IDS: np.concatenate([row.ids for row in rows])[None],
             LENGTH: length[None],
             PROMPT_LENGTH: np.array([[row.prompt_length for row in rows]], np.int32),
+            KEY_LENGTH: np.array([[len(row.ids) - row.n_blind for row in rows]], np.int32),
             N_TOKENS: length[:, None],
             TRUNCATED: np.array([[row.is_truncated] for row in rows]),
         }
+
+    def _describe(self, items: list[bytes], settings: TokenizerSettings, request: StageRequest) -> Answer:
+        is_added = _read_flag(request.parameters, RequestParameter.ADD_SPECIAL_TOKENS)
+        rows = self.tokenizer.describe(items, settings, add_special_tokens=is_added)
+        texts = [piece.encode() for row in rows for piece in row.texts]
+        spans = np.array([span for row in rows for span in row.spans], np.int32)
+        return {
+            INPUT_IDS: np.array([[token for row in rows for token in row.ids]], np.int32),
+            TOKEN_TEXTS: np.array([texts], np.object_),
+            TOKEN_SPANS: spans.reshape(1, -1, 2),
+            IS_SPECIAL: np.array([[is_special for row in rows for is_special in row.is_special]], np.bool_),
+            N_TOKENS: np.array([[len(row.ids)] for row in rows], np.int32),
+        }
+
+    def _decode(self, items: list[bytes], request: StageRequest) -> Answer:
+        is_skipped = _read_flag(request.parameters, RequestParameter.SKIP_SPECIAL_TOKENS)
+        texts = self.tokenizer.decode(items, skip_special_tokens=is_skipped)
+        return {DECODED: np.array([[text.encode()] for text in texts], np.object_)}
+
+
+def _read_flag(parameters: dict[str, Any], name: str) -> bool:
+    """A boolean parameter, true where it is absent. Raises RequestError."""
+    value = parameters.get(name, True)
+    if not isinstance(value, bool):
+        raise RequestError(ErrorCode.INVALID_INPUT, f"{name} is {value!r}; it takes true or false")
+    return value

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from gateway.endpoints import openai, operations
+from gateway.endpoints import hybrid, openai, operations, rtp_llm, tei
 from gateway.endpoints.dialect import Dialect
 
-DIALECTS: dict[str, Dialect] = {"openai": openai.DIALECT, "operations": operations.DIALECT}
+DIALECTS: dict[str, Dialect] = {
+    "openai": openai.DIALECT,
+    "hybrid": hybrid.DIALECT,
+    "rtp_llm": rtp_llm.DIALECT,
+    "tei": tei.DIALECT,
+    "operations": operations.DIALECT,
+}
 
 DEFAULT_DIALECT = openai.DIALECT
 """Speaks where a request took no route at all."""

@@ -13,6 +13,7 @@ from gateway.errors import GatewayError
 from gateway.inference import Inference
 from gateway.readiness import Readiness
 from gateway.settings import Settings
+from gateway.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Services:
     inference: Inference
     catalog: Catalog
     readiness: Readiness
+    vocabulary: Vocabulary
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Dialect:
     router: APIRouter
     render_error: Callable[[GatewayError], Any]
     """An error -> the JSON content of its response."""
+    status: Callable[[GatewayError], int] = lambda error: error.status
+    """An error -> the HTTP status, where the dialect has its own."""
 
 
 def services(request: Request) -> Services:

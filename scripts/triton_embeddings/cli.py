@@ -14,6 +14,7 @@ from rich.table import Table
 
 from backends.contract import PipelineParameter
 from backends.errors import BackendError
+from backends.heads import HEADS
 from backends.options import ServingOptions
 from backends.repository.writer import list_pipelines
 from backends.repository.writer import remove as remove_pipeline
@@ -60,7 +61,13 @@ Instances = Annotated[int | None, typer.Option(help="Processes of the encoder. D
 ServedModelName = Annotated[
     str | None, typer.Option(help="The model's name in the HTTP API. Default: its own name.")
 ]
-Task = Annotated[str | None, typer.Option(help="What the checkpoint is for, if it does not say: embed.")]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        help="What the checkpoint is for, whatever it says itself: embed, sparse, colbert, tokens or bge_m3; "
+        "RTP-LLM's words (DENSE_EMBEDDING ...) are understood."
+    ),
+]
 ModelType = Annotated[str | None, typer.Option(help="The architecture, where config.json does not name it.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let code that a checkpoint brings run.")
@@ -116,13 +123,15 @@ def add(
     )
     pipeline = models.add(repository, checkpoint, name, options)
     facts = pipeline.parameters
+    size = facts.get(PipelineParameter.DIMENSIONS)
     console.print(
-        f"{'replaced' if is_replaced else 'added'} {pipeline.name}: "
-        f"{facts[PipelineParameter.FAMILY]}, {facts[PipelineParameter.TASKS]}, "
-        f"{facts[PipelineParameter.DIMENSIONS]} dimensions, {facts[PipelineParameter.MAX_LENGTH]} tokens, "
+        f"{'replaced' if is_replaced else 'added'} {pipeline.name}: {facts[PipelineParameter.FAMILY]}, "
+        f"{f'{size} dimensions, ' if size else ''}{facts[PipelineParameter.MAX_LENGTH]} tokens, "
         f"from {facts[PipelineParameter.CHECKPOINT]}",
         soft_wrap=True,
     )
+    for head, reason in pipeline.reasons.items():
+        console.print(f"  {HEADS[head].task:<8} {reason}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -30,6 +30,12 @@ _SERVER_EXIT_TIMEOUT_S = 10
 _START_TIMEOUT_S = 1800
 # A model that is loaded but fails every request will not mend itself.
 _FAILURE_PATIENCE_S = 10
+# Where a first request to a model goes, by what the model serves.
+_ROUTES = {
+    "embed": "/v1/embeddings",
+    "sparse": "/v1/embeddings/sparse",
+    "colbert": "/v1/embeddings/colbert",
+}
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -157,14 +163,16 @@ def _introduce(console: Console, addresses: Addresses, log: Path) -> None:
     table = Table("model", "tasks", "dimensions", "max tokens", box=None, padding=(0, 3, 0, 0))
     for model in models:
         table.add_row(
-            model["id"], ", ".join(model["tasks"]), str(model["dimensions"]), str(model["max_length"])
+            model["id"], ", ".join(model["tasks"]), str(model["dimensions"] or ""), str(model["max_length"])
         )
     console.print(f"\n[bold green]ready[/] at {addresses.url}   (the API: {addresses.url}/docs)\n")
     console.print(table)
-    name = json.dumps(models[0]["id"]) if models else '"MODEL"'
+    first = models[0] if models else {"id": "MODEL", "tasks": ["embed"]}
+    name = json.dumps(first["id"])
+    route = next((route for task, route in _ROUTES.items() if task in first["tasks"]), _ROUTES["embed"])
     console.print("\ntry it:\n", highlight=False)
     console.print(
-        f"  curl {addresses.url}/v1/embeddings -H 'Content-Type: application/json' "
+        f"  curl {addresses.url}{route} -H 'Content-Type: application/json' "
         f'-d \'{{"model": {name}, "input": "Hello, world"}}\'\n',
         highlight=False,
         soft_wrap=True,

@@ -165,7 +165,7 @@ def test_normalize_can_be_asked_for_and_declined(tmp_path):
 )
 def test_parameters_that_cannot_be_met_are_refused(tmp_path, bad):
     path = sentence_transformer(tmp_path / "c", {"pooling_mode": "mean"})
-    head = HEADS["dense"].load(Checkpoint.read(path), torch.device("cpu"))
+    head = HEADS["dense"].load(Checkpoint.read(path), torch.device("cpu"), torch.float32)
     with pytest.raises(RequestError, match=r"is .*; .*takes"):
         head.check(bad)
 
@@ -243,7 +243,7 @@ def test_broken_links_name_their_folder(tmp_path, harm, message):
     path = sentence_transformer(tmp_path / "c", {"pooling_mode": "mean"}, [dense(32, 24)])
     harm(path / "2_Dense")
     with pytest.raises(CheckpointError, match=message):
-        HEADS["dense"].load(Checkpoint.read(path), torch.device("cpu"))
+        HEADS["dense"].load(Checkpoint.read(path), torch.device("cpu"), torch.float32)
 
 
 def test_weights_may_be_a_pickle_of_tensors_only(tmp_path):

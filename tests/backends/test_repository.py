@@ -40,11 +40,21 @@ def test_the_text_parses_back_to_what_was_meant(path):
         "tiny.tokenizer",
         "tiny.encoder",
         "tiny.dense",
+        "tiny.tokens",
     ]
-    assert [output.name for output in ensemble.output] == ["dense", "n_tokens", "truncated"]
+    assert [output.name for output in ensemble.output] == [
+        "dense",
+        "token_embeddings",
+        "token_ids",
+        "n_tokens",
+        "truncated",
+    ]
     parameters = {name: value.string_value for name, value in ensemble.parameters.items()}
     assert parameters == {
-        "tasks": "embed",
+        "tasks": "embed,tokens",
+        "pooling": "mean",
+        "dtype": "bfloat16",
+        "truncation": "error",
         "family": "bert",
         "checkpoint": str(path),
         "served_model_name": "org/tiny",
@@ -94,6 +104,7 @@ def test_unread_tensors_are_not_wired(path):
         lambda p: dataclasses.replace(p, stages=p.stages[1:]),
         lambda p: dataclasses.replace(p, outputs=(TensorSpec("length", "INT32", (-1,)),)),
         lambda p: dataclasses.replace(p, outputs=(TensorSpec("nothing", "INT32", (-1,)),)),
+        lambda p: dataclasses.replace(p, stages=(*p.stages, p.stages[-1])),
         lambda p: dataclasses.replace(
             p, stages=(*p.stages, StageSpec("x", "x.X", (TensorSpec("hidden", "FP16", (-1, 32)),), ()))
         ),
@@ -122,6 +133,7 @@ def test_writes_lists_and_removes(tmp_path, path):
         "a.b.dense",
         "a.b.encoder",
         "a.b.tokenizer",
+        "a.b.tokens",
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "models"], (
         "nothing is left beside the repository"
@@ -176,7 +188,7 @@ def test_names_that_are_no_folders_are_refused(path, name):
     ("config", "sentence", "mark"),
     [
         ({"architectures": ["BertForSequenceClassification"]}, {}, "ForSequenceClassification"),
-        ({}, {"model_type": "SparseEncoder"}, "SparseEncoder"),
+        ({}, {"model_type": "CrossEncoder"}, "CrossEncoder"),
     ],
 )
 def test_checkpoints_for_other_tasks_are_not_served_as_embeddings_by_silence(path, config, sentence, mark):
@@ -191,5 +203,12 @@ def test_checkpoints_for_other_tasks_are_not_served_as_embeddings_by_silence(pat
 def test_an_unknown_task_lists_the_known_ones(path):
     for word in ("embed", "DENSE_EMBEDDING", "dense-embedding"):
         assert build(path, task=word).parameters["tasks"] == "embed"
-    with pytest.raises(OptionError, match="task is 'RERANKER'; it takes embed, dense_embedding"):
-        build(path, task="RERANKER")
+    with pytest.raises(
+        OptionError, match=r"task is 'FROB'; it takes embed, dense_embedding, .*bge_m3, sparse"
+    ):
+        build(path, task="FROB")
+    for word in ("RERANKER", "Classifier", "SEQ_CLASSIFICATION"):
+        with pytest.raises(
+            OptionError, match=f"task is '{word}': rerankers and classifiers are not served yet"
+        ):
+            build(path, task=word)

@@ -41,7 +41,11 @@ def test_add_list_remove(tmp_path, checkpoint):
     options = "--name mine --served-model-name org/mine --dtype fp32 --max-batch-size 9 --max-length 20"
     added = run("add", "tiny", *options.split(), "--model-repository", repository, folder=tmp_path)
     assert added.returncode == 0, added.stderr
-    assert added.stdout == f"added mine: bert, embed, 32 dimensions, 20 tokens, from {checkpoint}\n"
+    assert added.stdout.splitlines() == [
+        f"added mine: bert, 32 dimensions, 20 tokens, from {checkpoint}",
+        "  embed    its tokens are pooled (mean)",
+        "  tokens   every encoder has them",
+    ]
     listed = run("list", "--model-repository", repository)
     assert "mine" in listed.stdout
     assert "org/mine" in (repository / "mine" / "config.pbtxt").read_text()
@@ -80,7 +84,7 @@ def one_line_error(result, text):
         (lambda path: None, ["--dtype", "int3"], "dtype is 'int3'; it takes one of"),
         (lambda path: None, ["--device", "tpu"], "device is 'tpu'"),
         (lambda path: None, ["--max-length", "100"], "has 64 positions; give at most 64"),
-        (lambda path: None, ["--TASK_TYPE", "RERANKER"], "task is 'RERANKER'; it takes"),
+        (lambda path: None, ["--TASK_TYPE", "FROB"], "task is 'FROB'; it takes embed,"),
         (lambda path: None, ["--model_type", "gpt2"], "--model-type is 'gpt2', but"),
         (lambda path: None, ["--threads", "0"], "threads is 0; it takes a number of at least 1"),
     ],

@@ -48,7 +48,7 @@ def test_cuts_are_within_the_token_budget():
     ],
 )
 async def test_statuses_of_the_server(status, message, kind, text):
-    inference = GrpcInference("127.0.0.1:9", 2.5)
+    inference = GrpcInference("127.0.0.1:9", 2.5, 1000)
     error = inference._explain(InferenceServerException(message, f"StatusCode.{status}"), "m")
     await inference.close()
     assert type(error) is kind

@@ -138,7 +138,7 @@ async def test_extras_become_request_parameters(client, inference, fields, param
         ({"input": [-1]}, "-1 is no token id of any model", "input"),
         ({"input": [2**31]}, "check_embedding_ctx_length=False", "input"),
         ({"input": None}, "input is null", "input"),
-        ({"input": {"text": "a"}}, "input is an object; it takes a string, a list", "input"),
+        ({"input": {"image": "a"}}, "input[0] is an object that holds image; texts stand in", "input"),
         ({"input": ["a"] * 11}, "input has 11 items; at most 10", "input"),
         (
             {"input": "a", "dimensions": 0},

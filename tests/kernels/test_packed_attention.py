@@ -80,5 +80,5 @@ def test_refuses_what_is_not_packed():
 
 
 def test_runs_of_equal_lengths():
-    assert list(equal_length_runs([3, 3, 0, 2, 3])) == [(0, 2, 3), (6, 1, 2), (8, 1, 3)]
+    assert list(equal_length_runs([3, 3, 0, 2, 3])) == [(0, 2, 3, 3), (6, 1, 2, 2), (8, 1, 3, 3)]
     assert list(equal_length_runs([])) == []

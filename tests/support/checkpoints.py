@@ -12,8 +12,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 _WORDS = [
     "the",
@@ -33,12 +34,13 @@ _WORDS = [
     "query",
 ]
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_MARKS = ["[unused0]", "[unused1]"]
 _CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
 
 
 def write_wordpiece(path: Path, max_length: int) -> int:
     """A BERT tokenizer whose vocabulary is made by rule: single characters and some words. Gives its size."""
-    pieces = [*_SPECIAL, *_CHARACTERS, *(f"##{c}" for c in _CHARACTERS if c.isalnum()), *_WORDS]
+    pieces = [*_SPECIAL, *_MARKS, *_CHARACTERS, *(f"##{c}" for c in _CHARACTERS if c.isalnum()), *_WORDS]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -56,7 +58,12 @@ def write_wordpiece(path: Path, max_length: int) -> int:
     (path / "vocab.txt").write_text("\n".join(vocabulary))
     write_json(
         path / "tokenizer_config.json",
-        {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": max_length},
+        {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": True,
+            "model_max_length": max_length,
+            "mask_token": "[MASK]",
+        },
     )
     return len(vocabulary)
 
@@ -77,23 +84,189 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def bert(path: Path, max_length: int = 64, seed: int = 0) -> Path:
-    """A bare BertModel: config.json, weights, tokenizer."""
-    path.mkdir(parents=True, exist_ok=True)
-    size = write_wordpiece(path, max_length)
-    config = BertConfig(
-        vocab_size=size,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=max_length,
+def write_unigram(path: Path, max_length: int) -> int:
+    """An XLM-RoBERTa tokenizer whose vocabulary is made by rule. Gives its size.
+
+    Without a normaliser: transformers' class drops every one but SentencePiece's own.
+    """
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    pieces = [*special, "▁", *_CHARACTERS, *_WORDS, *(f"▁{word}" for word in _WORDS), "<mask>"]
+    # Longer pieces are likelier, so that words win over their letters.
+    vocabulary = [(p, 0.0 if p in special else len(p) - 12.0) for p in dict.fromkeys(pieces)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
     )
-    randomize(BertModel(config, add_pooling_layer=False), seed).save_pretrained(path)
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    tokenizer.add_special_tokens([*special, "<mask>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    roles = {
+        "bos": "<s>",
+        "eos": "</s>",
+        "sep": "</s>",
+        "cls": "<s>",
+        "unk": "<unk>",
+        "pad": "<pad>",
+        "mask": "<mask>",
+    }
+    write_json(
+        path / "tokenizer_config.json",
+        {
+            "tokenizer_class": "XLMRobertaTokenizer",
+            "model_max_length": max_length,
+            **{f"{role}_token": token for role, token in roles.items()},
+        },
+    )
+    return len(vocabulary)
+
+
+_SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+
+
+def _make(
+    path: Path,
+    kind: str,
+    architecture: str = "Model",
+    *,
+    max_length: int = 64,
+    seed: int = 0,
+    tokenizer: Callable[[Path, int], int] = write_wordpiece,
+    **settings: Any,
+) -> Path:
+    """A checkpoint of transformers' `kind` classes with random weights."""
+    path.mkdir(parents=True, exist_ok=True)
+    size = tokenizer(path, max_length)
+    config = getattr(transformers, f"{kind}Config")(
+        **{"vocab_size": size, "max_position_embeddings": max_length, **_SIZES, **settings}
+    )
+    model = getattr(transformers, f"{kind}{architecture}")(config)
+    randomize(model, seed).save_pretrained(path)
     return path
 
 
-FAMILIES: dict[str, Callable[[Path], Path]] = {"bert": bert}
+def bert(path: Path, max_length: int = 64, seed: int = 0, architecture: str = "Model") -> Path:
+    """A bare BertModel: config.json, weights, tokenizer."""
+    return _make(path, "Bert", architecture, max_length=max_length, seed=seed)
+
+
+def xlm_roberta(path: Path, max_length: int = 64, architecture: str = "Model", **settings: Any) -> Path:
+    """Positions begin at 2, so there are two more of them than tokens."""
+    return _make(
+        path,
+        "XLMRoberta",
+        architecture,
+        tokenizer=write_unigram,
+        max_length=max_length,
+        **{"max_position_embeddings": max_length + 2, "type_vocab_size": 1, "pad_token_id": 1, **settings},
+    )
+
+
+def roberta(path: Path) -> Path:
+    return _make(path, "Roberta", tokenizer=write_unigram, max_position_embeddings=66, type_vocab_size=1)
+
+
+def distilbert(path: Path, architecture: str = "Model") -> Path:
+    return _make(
+        path, "DistilBert", architecture, dim=32, n_layers=3, n_heads=4, hidden_dim=64, num_hidden_layers=3
+    )
+
+
+def modernbert(path: Path, architecture: str = "Model", window: int = 8) -> Path:
+    # Windows of 4 to either side: shorter than the sequences of the tests.
+    return _make(
+        path,
+        "ModernBert",
+        architecture,
+        local_attention=window,
+        global_attn_every_n_layers=3,
+        pad_token_id=0,
+        cls_token_id=2,
+        sep_token_id=3,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+
+
+def electra(path: Path, architecture: str = "Model") -> Path:
+    return _make(path, "Electra", architecture, embedding_size=16)
+
+
+def albert(path: Path, architecture: str = "Model") -> Path:
+    return _make(path, "Albert", architecture, embedding_size=16)
+
+
+def nomic_bert(path: Path) -> Path:
+    return _make(path, "NomicBert")
+
+
+def gte(path: Path) -> Path:
+    return _make(path, "Gte", type_vocab_size=2, pad_token_id=0)
+
+
+def jina_v3(path: Path) -> Path:
+    return _make(path, "JinaEmbeddingsV3", tokenizer=write_unigram, type_vocab_size=1, pad_token_id=1)
+
+
+def eurobert(path: Path) -> Path:
+    return _make(path, "EuroBert", num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=2)
+
+
+def gemma3(path: Path) -> Path:
+    # A window of 3 to either side.
+    return _make(
+        path,
+        "Gemma3Text",
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=6,
+        use_bidirectional_attention=True,
+        pad_token_id=0,
+    )
+
+
+def mpnet(path: Path, architecture: str = "Model") -> Path:
+    return _make(path, "MPNet", architecture, max_position_embeddings=66, pad_token_id=1)
+
+
+def deberta(path: Path) -> Path:
+    return _make(
+        path,
+        "DebertaV2",
+        relative_attention=True,
+        position_buckets=8,
+        pos_att_type=["p2c", "c2p"],
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pad_token_id=0,
+    )
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "albert": albert,
+    "bert": bert,
+    "deberta": deberta,
+    "distilbert": distilbert,
+    "electra": electra,
+    "eurobert": eurobert,
+    "gemma3": gemma3,
+    "gte": gte,
+    "jina_v3": jina_v3,
+    "modernbert": modernbert,
+    "mpnet": mpnet,
+    "nomic_bert": nomic_bert,
+    "roberta": roberta,
+    "xlm_roberta": xlm_roberta,
+}
 """A tiny checkpoint for every registered family; a test fails for a family that has none."""
 
 
@@ -148,3 +321,103 @@ def _link_weights(kind: str, config: dict[str, Any], seed: int) -> dict[str, tor
     if config.get("use_residual") and config["in_features"] != config["out_features"]:
         weights["residual.weight"] = noise(config["out_features"], config["in_features"])
     return weights
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def bge_m3(path: Path, max_length: int = 64, **settings: Any) -> Path:
+    """BGE-M3's published files: an XLM-R, its two linear heads, and the sentence-transformers chain."""
+    sentence_transformer(
+        path,
+        {"pooling_mode_cls_token": True},
+        transformer={"max_seq_length": max_length},
+        base=lambda p: xlm_roberta(p, max_length, **settings),
+    )
+    torch.save({"weight": noise(32, 32, seed=1), "bias": noise(32, seed=2)}, path / "colbert_linear.pt")
+    torch.save({"weight": noise(1, 32, seed=3), "bias": torch.tensor([0.1])}, path / "sparse_linear.pt")
+    return path
+
+
+def splade(
+    path: Path,
+    base: Callable[[Path], Path] = lambda path: distilbert(path, "ForMaskedLM"),
+    pooling: dict[str, Any] | None = None,
+    max_length: int = 48,
+) -> Path:
+    """sentence-transformers' layout of a SPLADE model."""
+    base(path)
+    write_json(
+        path / "modules.json",
+        [
+            {
+                "idx": 0,
+                "name": "0",
+                "path": "",
+                "type": "sentence_transformers.sparse_encoder.models.MLMTransformer",
+            },
+            {
+                "idx": 1,
+                "name": "1",
+                "path": "1_SpladePooling",
+                "type": "sentence_transformers.sparse_encoder.models.SpladePooling",
+            },
+        ],
+    )
+    write_json(path / "1_SpladePooling" / "config.json", pooling or {"pooling_strategy": "max"})
+    write_json(path / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    write_json(path / "config_sentence_transformers.json", {"model_type": "SparseEncoder"})
+    return path
+
+
+def pylate(path: Path, base: Callable[[Path], Path] = bert, size: int = 16, **settings: Any) -> Path:
+    """PyLate's layout up to its version 3: a Dense over tokens, the rest in one file."""
+    base(path)
+    hidden = json.loads((path / "config.json").read_text()).get("hidden_size", 32)
+    write_json(
+        path / "modules.json",
+        [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Dense", "type": "pylate.models.Dense.Dense"},
+        ],
+    )
+    dense = {
+        "in_features": hidden,
+        "out_features": size,
+        "bias": False,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    write_json(path / "1_Dense" / "config.json", dense)
+    safetensors.torch.save_file(_link_weights("Dense", dense, 5), path / "1_Dense" / "model.safetensors")
+    write_json(path / "sentence_bert_config.json", {"max_seq_length": 48, "do_lower_case": False})
+    write_json(
+        path / "config_sentence_transformers.json",
+        {
+            "model_type": "ColBERT",
+            "query_prefix": "[unused0] ",
+            "document_prefix": "[unused1] ",
+            "query_length": 16,
+            "document_length": 40,
+            "attend_to_expansion_tokens": False,
+            "skiplist_words": list(string.punctuation),
+            **settings,
+        },
+    )
+    return path
+
+
+def stanford(path: Path, size: int = 16) -> Path:
+    """Stanford's layout: one file with BERT's weights and the projection, and artifact.metadata."""
+    bert(path)
+    file = path / "model.safetensors"
+    weights = {f"bert.{name}": value for name, value in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(
+        {**weights, "linear.weight": noise(size, 32, seed=7)}, file, metadata={"format": "pt"}
+    )
+    config = json.loads((path / "config.json").read_text())
+    write_json(path / "config.json", {**config, "architectures": ["HF_ColBERT"]})
+    write_json(
+        path / "artifact.metadata", {"query_maxlen": 16, "doc_maxlen": 40, "attend_to_mask_tokens": False}
+    )
+    return path

@@ -41,7 +41,7 @@ class FakeInference:
             raise self.fault
         return self.known
 
-    async def infer(self, pipeline, items, outputs, parameters):
+    async def infer(self, pipeline, items, outputs, parameters, stage=None):
         self.calls.append((items, dict(parameters)))
         await self.release.wait()
         if self.fault is not None:

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from backends.checkpoint import Checkpoint
-from backends.contract import DENSE, PROMPT_LENGTH
+from backends.contract import DENSE, INPUT_IDS, PROMPT_LENGTH, SPARSE_INDICES, SPARSE_WEIGHTS, TOKEN_VECTORS
 from backends.families import family_of
 from backends.forward import Forward, choose_forward, encode
 from backends.heads import HEADS
+from backends.late_interaction import late_interaction_of
 from backends.ragged import Ragged
 from backends.tokenization import TextTokenizer, TokenizerSettings
 
@@ -27,29 +28,54 @@ def load_forward(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     )
 
 
-def embed(
+def run(
     path: Path,
+    head: str,
     texts: list[str],
     parameters: dict[str, Any] | None = None,
     max_batch_tokens: int = 16384,
     dtype: torch.dtype = torch.float32,
-) -> np.ndarray:
-    """Dense embeddings [n, d] of texts, by the same code that the stages run."""
+) -> dict[str, Any]:
+    """What a head makes of texts, by the same code that the stages run."""
+    given = parameters or {}
     checkpoint = Checkpoint.read(path)
-    tokenizer = TextTokenizer(checkpoint, family_of(checkpoint).max_length(checkpoint))
-    settings = TokenizerSettings.read(parameters or {}, checkpoint, "right")
+    late = late_interaction_of(checkpoint)
+    tokenizer = TextTokenizer(checkpoint, family_of(checkpoint).max_length(checkpoint), late)
+    settings = TokenizerSettings.read(given, checkpoint, "right", late)
     rows = tokenizer.encode([text.encode() for text in texts], settings)
     ids = Ragged.pack([torch.from_numpy(row.ids.astype(np.int64)) for row in rows])
+    keys = np.array([len(row.ids) - row.n_blind for row in rows])
     with torch.inference_mode():
-        hidden = encode(load_forward(checkpoint, dtype), ids, max_batch_tokens, torch.float32)
-        spec = HEADS["dense"]
-        extra = {}
-        if PROMPT_LENGTH in spec.inputs(checkpoint):
-            extra[PROMPT_LENGTH] = torch.tensor([row.prompt_length for row in rows])
-        head = spec.load(checkpoint, CPU)
-        chosen = {name: value for name, value in (parameters or {}).items() if name in spec.parameters}
-        head.check(chosen)
-        return head(Ragged(hidden, ids.lengths), extra, chosen)[DENSE].numpy()
+        hidden = encode(load_forward(checkpoint, dtype), ids, max_batch_tokens, torch.float32, keys)
+        spec = HEADS[head]
+        wanted = spec.inputs(checkpoint)
+        known = {
+            PROMPT_LENGTH: torch.tensor([row.prompt_length for row in rows]),
+            INPUT_IDS: ids.values,
+        }
+        loaded = spec.load(checkpoint, CPU, torch.float32)
+        chosen = {name: value for name, value in given.items() if name in spec.parameters}
+        loaded.check(chosen)
+        return loaded(Ragged(hidden, ids.lengths), {name: known[name] for name in wanted}, chosen)
+
+
+def embed(
+    path: Path, texts: list[str], parameters: dict[str, Any] | None = None, **options: Any
+) -> np.ndarray:
+    """Dense embeddings [n, d] of texts."""
+    return run(path, "dense", texts, parameters, **options)[DENSE].numpy()
+
+
+def sparse(path: Path, texts: list[str], parameters: dict[str, Any] | None = None) -> list[dict[int, float]]:
+    """{token id: weight} of each text."""
+    answer = run(path, "sparse", texts, parameters)
+    pairs = zip(answer[SPARSE_INDICES].split(), answer[SPARSE_WEIGHTS].split(), strict=True)
+    return [dict(zip(i.tolist(), w.tolist(), strict=True)) for i, w in pairs]
+
+
+def colbert(path: Path, texts: list[str], parameters: dict[str, Any] | None = None) -> list[np.ndarray]:
+    """Vectors [v, d] of the tokens of each text."""
+    return [v.numpy() for v in run(path, "colbert", texts, parameters)[TOKEN_VECTORS].split()]
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

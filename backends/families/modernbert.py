@@ -1,0 +1,7 @@
+"""ModernBERT: rotary positions, attention within a window in two layers of three (gte-modernbert,
+nomic ...).
+"""
+
+from backends.families.base import Family
+
+FAMILY = Family(name="modernbert", model_types=("modernbert",))

@@ -1,0 +1,65 @@
+"""Tensors by name out of a checkpoint's weight files, without the rest of the model."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+
+import safetensors
+import torch
+
+from backends.checkpoint import WEIGHTS, read_json
+from backends.errors import CheckpointError
+
+_BROKEN = (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
+
+
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """The named tensors that a file, or a folder with a model's weights, has; all of a file without names.
+
+    Raises CheckpointError for a file that cannot be read.
+    """
+    files = [path] if path.is_file() else _files(path, names)
+    found: dict[str, torch.Tensor] = {}
+    wanted = None if names is None else set(names)
+    for file in files:
+        try:
+            found.update(_read(file, wanted))
+        except _BROKEN as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return found
+
+
+def _read(file: Path, wanted: set[str] | None) -> dict[str, torch.Tensor]:
+    if file.suffix == ".safetensors":
+        with safetensors.safe_open(file, framework="pt") as tensors:
+            names = tensors.keys() if wanted is None else wanted & set(tensors.keys())
+            return {name: tensors.get_tensor(name) for name in names}
+    # A pickle: weights_only keeps it from running code.
+    content: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return {name: value for name, value in content.items() if wanted is None or name in wanted}
+
+
+def _files(folder: Path, names: Iterable[str] | None) -> list[Path]:
+    """The files of a model's weights that hold some of the names."""
+    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{folder} has no weights; one of {', '.join(WEIGHTS)} belongs there")
+    if not found.name.endswith(".index.json"):
+        return [found]
+    places: dict[str, str] = read_json(found).get("weight_map") or {}
+    wanted = places if names is None else names
+    return [folder / shard for shard in dict.fromkeys(places[name] for name in wanted if name in places)]
+
+
+def linear_from(weights: dict[str, torch.Tensor], device: torch.device) -> torch.nn.Linear:
+    """A linear layer in float32 of its weight [out, in] and, where there is one, its bias."""
+    if "weight" not in weights:
+        raise CheckpointError(
+            "a projection has no tensor `weight`, or for Stanford's ColBERT no `linear.weight`"
+        )
+    size_out, size_in = weights["weight"].shape
+    layer = torch.nn.Linear(size_in, size_out, bias="bias" in weights, device="meta")
+    layer.load_state_dict(weights, assign=True)
+    return layer.float().to(device).eval().requires_grad_(False)

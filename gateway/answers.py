@@ -1,0 +1,60 @@
+"""Representations of texts as several dialects write them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from backends.contract import Task
+from gateway.inference import Array
+from gateway.tasks import Representations, SparseVector
+from gateway.wire import matrix, to_base64
+
+KIND_TASKS = {"dense": Task.EMBED, "sparse": Task.SPARSE, "colbert": Task.COLBERT}
+"""What requests call the three representations."""
+
+
+def kinds_to_tasks(kinds: Collection[str]) -> list[Task]:
+    """Each kind's task, once."""
+    return [KIND_TASKS[kind] for kind in dict.fromkeys(kinds)]
+
+
+def usage(*made: Representations) -> dict[str, int]:
+    """OpenAI's account of tokens."""
+    count = sum(int(one.n_tokens.sum()) for one in made)
+    return {"prompt_tokens": count, "total_tokens": count}
+
+
+def sparse_pairs(vector: SparseVector) -> dict[str, Array]:
+    """The form that vector databases take."""
+    return {"indices": vector.indices, "values": vector.weights}
+
+
+async def embedding_items(
+    made: Representations, kind: str, names: Mapping[str, str], *, is_base64: bool
+) -> list[dict[str, Any]]:
+    """One object for each text, with all that was made of it.
+
+    `kind` is its `object`; `names` says under which name a representation stands if not under its own. With
+    base64, vectors are little-endian float32 numbers, and those of tokens come with their shape.
+    """
+    items: list[dict[str, Any]] = [{"object": kind, "index": i} for i in range(len(made.n_tokens))]
+    if made.dense is not None:
+        for item, row in zip(items, np.ascontiguousarray(made.dense), strict=True):
+            item[names.get("dense", "dense")] = to_base64(row) if is_base64 else row
+    for item, vector in zip(items, made.sparse or (), strict=False):
+        item[names.get("sparse", "sparse")] = sparse_pairs(vector)
+    for item, vectors in zip(items, made.colbert or (), strict=False):
+        item[names.get("colbert", "colbert")] = (
+            {"shape": vectors.shape, "data": to_base64(vectors)} if is_base64 else await matrix(vectors)
+        )
+    mark_truncated(items, made)
+    return items
+
+
+def mark_truncated(items: list[dict[str, Any]], made: Representations) -> None:
+    """Says of every text that was cut that it was."""
+    for i in np.flatnonzero(made.is_truncated).tolist():
+        items[i]["truncated"] = True

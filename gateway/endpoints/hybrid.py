@@ -1,0 +1,87 @@
+"""This project's own route: dense, sparse and ColBERT representations of texts, any of them, from one
+pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from gateway.answers import KIND_TASKS, embedding_items, kinds_to_tasks, usage
+from gateway.endpoints.dialect import Dialect, describe, services
+from gateway.errors import GatewayError, RefusedItem
+from gateway.inputs import Inputs, TextFields, read_items, text_options
+from gateway.tasks import represent
+from gateway.wire import read, respond
+
+router = APIRouter()
+
+
+class HybridRequest(TextFields):
+    """The body of POST /v1/embeddings/hybrid."""
+
+    input: Inputs
+    outputs: list[Literal["dense", "sparse", "colbert"]] | None = Field(
+        None, min_length=1, description="What to give for each text; without it all that the model has."
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+
+
+_EXAMPLES = (
+    {"input": ["Hello, world"]},
+    {
+        "object": "list",
+        "data": [
+            {
+                "object": "hybrid_embedding",
+                "index": 0,
+                "dense": [0.5, -0.5, 0.5, 0.5],
+                "sparse": {"indices": [35378, 8999], "values": [0.21, 0.17]},
+                "colbert": [[0.6, 0.8], [1.0, 0.0]],
+            }
+        ],
+        "model": "bge-m3",
+        "usage": {"prompt_tokens": 5, "total_tokens": 5},
+    },
+    {"error": {"message": "the model x does not serve sparse; it serves embed, tokens", "param": "model"}},
+)
+
+
+@router.post(
+    "/v1/embeddings/hybrid",
+    summary="Dense, sparse and ColBERT at once",
+    openapi_extra=describe(HybridRequest.model_json_schema(), *_EXAMPLES),
+)
+async def create_hybrid_embeddings(request: Request) -> Response:
+    """Any of the three, from one pass of the encoder; sparse as the indices and values that vector
+    databases take.
+    """
+    own = services(request)
+    body = await read(request, HybridRequest, own.settings.max_body_bytes)
+    items = read_items(body.input, own.settings)
+    tasks = kinds_to_tasks(body.outputs or ())
+    pipeline = await own.catalog.find(body.model, *tasks)
+    tasks = tasks or [task for task in KIND_TASKS.values() if task in pipeline.tasks]
+    made = await represent(own.inference, pipeline, items, tasks, text_options(body, pipeline))
+    is_base64 = body.encoding_format == "base64"
+    return respond(
+        {
+            "object": "list",
+            "data": await embedding_items(made, "hybrid_embedding", {}, is_base64=is_base64),
+            "model": body.model or pipeline.served_model_name,
+            "usage": usage(made),
+        }
+    )
+
+
+def render_error(error: GatewayError) -> dict[str, Any]:
+    """{"error": {"message", "param", "code"}}."""
+    message, param = error.message, error.param
+    if isinstance(error, RefusedItem):
+        message, param = error.explain("input"), error.blame("input")
+    return {"error": {"message": message, "param": param, "code": error.code}}
+
+
+DIALECT = Dialect(router, render_error)

@@ -1,0 +1,277 @@
+"""RTP-LLM's routes for BGE-M3 and its like: one kind of embedding each, and similarity.
+
+Its answers and its error bodies, with HTTP statuses that tell who is at fault (it answers 500 to everything).
+
+*Source:* alibaba/rtp-llm at 4b8d39cd5, rtp_llm/models/downstream_modules/embedding and
+frontend/frontend_app.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field, StrictBool
+
+from backends.contract import ErrorCode, Task
+from gateway.answers import KIND_TASKS, kinds_to_tasks, mark_truncated, usage
+from gateway.endpoints.dialect import Dialect, Services, describe, services
+from gateway.errors import BadRequest, GatewayError, RefusedItem, ServerFault, TimedOut, Unavailable
+from gateway.inference import Pipeline
+from gateway.inputs import Inputs, TextFields, read_items, text_options
+from gateway.similarity import mixed_scores
+from gateway.tasks import Representations, represent, represent_sides
+from gateway.wire import matrix, read, respond, to_base64
+
+router = APIRouter()
+
+# FlagEmbedding's own example of a mix for BGE-M3.
+_DEFAULT_WEIGHTS = {"dense": 0.4, "sparse": 0.2, "colbert": 0.4}
+_KINDS = Literal["dense", "sparse", "colbert", "hybrid"]
+
+
+class EmbeddingRequest(TextFields):
+    """The body of the routes of one kind each."""
+
+    input: Inputs
+    encoding_format: Literal["float", "base64"] | None = None
+
+
+class SparseRequest(EmbeddingRequest):
+    """The body of POST /v1/embeddings/sparse."""
+
+    return_decoded: StrictBool | None = Field(
+        None, description="Tokens as their texts (the default), or as their ids."
+    )
+
+
+class _EmbeddingConfig(BaseModel):
+    type: _KINDS | None = None
+
+
+class SimilarityRequest(TextFields):
+    """The body of POST /v1/embeddings/similarity."""
+
+    left: Inputs
+    right: Inputs
+    type: _KINDS | None = Field(None, description="Without it dense, if the model has it.")
+    embedding_config: _EmbeddingConfig | None = Field(None, description="RTP-LLM's way to say the type.")
+    weights: dict[Literal["dense", "sparse", "colbert"], float] | list[float] | None = Field(
+        None, description="Of a hybrid, by kind or as a list: dense, sparse, colbert. Default: 0.4, 0.2, 0.4."
+    )
+    return_response: StrictBool | None = Field(None, description="Give the embeddings, too.")
+
+
+_REFUSAL = {
+    "error_code": 507,
+    "error_code_str": "507_ERROR_INPUT_FORMAT_ERROR",
+    "message": "input[0] is an empty string; leave it out, or send some text",
+}
+
+
+def _examples(kind: str, embedding: Any) -> tuple[Any, Any, Any]:
+    answer = {
+        "object": "list",
+        "data": [{"object": kind, "embedding": embedding, "index": 0}],
+        "model": "bge-m3",
+        "usage": {"prompt_tokens": 10, "total_tokens": 10},
+    }
+    return {"input": ["Hello, what's your name"]}, answer, _REFUSAL
+
+
+@router.post(
+    "/v1/embeddings/dense",
+    summary="Dense embeddings",
+    openapi_extra=describe(
+        EmbeddingRequest.model_json_schema(), *_examples("embedding", [0.5, -0.5, 0.5, 0.5])
+    ),
+)
+async def create_dense_embeddings(request: Request) -> Response:
+    """One vector for each text."""
+    return await _create(request, EmbeddingRequest, "dense")
+
+
+@router.post(
+    "/v1/embeddings/sparse",
+    summary="Sparse embeddings",
+    openapi_extra=describe(
+        SparseRequest.model_json_schema(), *_examples("sparse_embedding", {"Hello": 0.15, "name": 0.24})
+    ),
+)
+async def create_sparse_embeddings(request: Request) -> Response:
+    """Weights of tokens: by their texts, or by their ids."""
+    return await _create(request, SparseRequest, "sparse")
+
+
+@router.post(
+    "/v1/embeddings/colbert",
+    summary="ColBERT embeddings",
+    openapi_extra=describe(
+        EmbeddingRequest.model_json_schema(), *_examples("colbert_embedding", [[0.6, 0.8], [1.0, 0.0]])
+    ),
+)
+async def create_colbert_embeddings(request: Request) -> Response:
+    """A vector of unit length for each token."""
+    return await _create(request, EmbeddingRequest, "colbert")
+
+
+@router.post(
+    "/v1/embeddings/similarity",
+    summary="Scores between two lists of texts",
+    openapi_extra=describe(
+        SimilarityRequest.model_json_schema(),
+        {"left": ["hello, what is your name?"], "right": ["hello", "what is your name"]},
+        {"model": "bge-m3", "similarity": [[0.81, 0.87]], "left_response": None, "right_response": None},
+        _REFUSAL,
+    ),
+)
+async def compare(request: Request) -> Response:
+    """Every left text against every right text: dense, sparse, ColBERT (the mean of the best
+    matches), or a mix.
+    """
+    own = services(request)
+    body = await read(request, SimilarityRequest, own.settings.max_body_bytes)
+    left = read_items(body.left, own.settings, "left")
+    right = read_items(body.right, own.settings, "right")
+    if left.has_ids != right.has_ids:
+        raise BadRequest("one of left and right holds texts and the other token ids; send both alike")
+    asked = body.type or (body.embedding_config.type if body.embedding_config else None)
+    weights: dict[str, float] = {}
+    if asked is not None:
+        weights = _weights(body) if asked == "hybrid" else {asked: 1.0}
+    pipeline = await own.catalog.find(body.model, *kinds_to_tasks(weights))
+    if not weights:
+        pipeline = pipeline if _kinds(pipeline) else await own.catalog.find(body.model, Task.EMBED)
+        weights = {_kinds(pipeline)[0]: 1.0}
+    tasks = kinds_to_tasks(weights)
+    sides = await represent_sides(own.inference, pipeline, left, right, tasks, text_options(body, pipeline))
+    scores = await asyncio.to_thread(mixed_scores, *sides, weights)
+    model = body.model or pipeline.served_model_name
+    answer: dict[str, Any] = {
+        "model": model,
+        "similarity": scores,
+        "left_response": None,
+        "right_response": None,
+    }
+    if body.return_response:
+        for name, made in zip(("left_response", "right_response"), sides, strict=True):
+            answers = [await _response(own, pipeline, made, kind, model) for kind in weights]
+            answer[name] = answers[0] if len(answers) == 1 else dict(zip(weights, answers, strict=True))
+    return _respond(answer, usage(*sides))
+
+
+def _kinds(pipeline: Pipeline) -> list[str]:
+    return [kind for kind, task in KIND_TASKS.items() if task in pipeline.tasks]
+
+
+def _weights(body: SimilarityRequest) -> dict[str, float]:
+    """The kinds of a hybrid that count. Raises BadRequest."""
+    given = body.weights
+    if given is None:
+        return _DEFAULT_WEIGHTS
+    if isinstance(given, list) and len(given) != len(_DEFAULT_WEIGHTS):
+        raise BadRequest(
+            f"weights has {len(given)} numbers; it takes three, of {', '.join(_DEFAULT_WEIGHTS)}",
+            param="weights",
+        )
+    pairs = zip(_DEFAULT_WEIGHTS, given, strict=True) if isinstance(given, list) else given.items()
+    weights: dict[str, float] = dict(pairs)
+    if any(not np.isfinite(weight) or weight < 0 for weight in weights.values()) or not sum(weights.values()):
+        raise BadRequest(
+            "weights must be numbers of at least 0, and at least one of them more", param="weights"
+        )
+    return {kind: weight for kind, weight in weights.items() if weight}
+
+
+async def _create(request: Request, model: type[EmbeddingRequest], kind: str) -> Response:
+    own = services(request)
+    body = await read(request, model, own.settings.max_body_bytes)
+    items = read_items(body.input, own.settings)
+    tasks = kinds_to_tasks([kind])
+    pipeline = await own.catalog.find(body.model, *tasks)
+    made = await represent(own.inference, pipeline, items, tasks, text_options(body, pipeline))
+    is_decoded = not (isinstance(body, SparseRequest) and body.return_decoded is False)
+    answer = await _response(
+        own,
+        pipeline,
+        made,
+        kind,
+        body.model or pipeline.served_model_name,
+        is_decoded=is_decoded,
+        is_base64=body.encoding_format == "base64",
+    )
+    return _respond(answer, usage(made))
+
+
+async def _response(
+    own: Services,
+    pipeline: Pipeline,
+    made: Representations,
+    kind: str,
+    model: str,
+    *,
+    is_decoded: bool = True,
+    is_base64: bool = False,
+) -> dict[str, Any]:
+    """The answer of the route of one kind."""
+    if kind == "dense":
+        assert made.dense is not None
+        rows = np.ascontiguousarray(made.dense)
+        embeddings: list[Any] = [to_base64(row) for row in rows] if is_base64 else list(rows)
+        name = "embedding"
+    elif kind == "sparse":
+        embeddings = await _sparse_maps(own, pipeline, made, is_decoded=is_decoded)
+        name = "sparse_embedding"
+    else:
+        embeddings = [await matrix(vectors) for vectors in made.colbert or ()]
+        name = "colbert_embedding"
+    data = [{"object": name, "embedding": one, "index": i} for i, one in enumerate(embeddings)]
+    mark_truncated(data, made)
+    return {"object": "list", "data": data, "model": model, "usage": usage(made)}
+
+
+async def _sparse_maps(
+    own: Services, pipeline: Pipeline, made: Representations, *, is_decoded: bool
+) -> list[dict[str, float]]:
+    vectors = made.sparse or []
+    rows = [(vector.indices.tolist(), vector.weights.tolist()) for vector in vectors]
+    if not is_decoded:
+        return [{str(token): weight for token, weight in zip(*row, strict=True)} for row in rows]
+    texts = await own.vocabulary.texts(pipeline, [token for indices, _ in rows for token in indices])
+    maps: list[dict[str, float]] = []
+    for row in rows:
+        weights: dict[str, float] = {}
+        for token, weight in zip(*row, strict=True):
+            # Two ids may read the same, with and without a blank before: the larger weight stays.
+            weights[texts[token]] = max(weight, weights.get(texts[token], 0.0))
+        maps.append(weights)
+    return maps
+
+
+def _respond(answer: dict[str, Any], used: dict[str, int]) -> Response:
+    return respond(answer, headers={"USAGE": orjson.dumps(used).decode()})
+
+
+_CODES: tuple[tuple[type[GatewayError], int, str], ...] = (
+    (BadRequest, 507, "ERROR_INPUT_FORMAT_ERROR"),
+    (Unavailable, 514, "UNKNOWN_ERROR"),
+    (TimedOut, 514, "UNKNOWN_ERROR"),
+    (ServerFault, 606, "EXECUTION_EXCEPTION"),
+)
+
+
+def render_error(error: GatewayError) -> dict[str, Any]:
+    """{"error_code", "error_code_str", "message"}."""
+    code, name = next(((c, n) for kind, c, n in _CODES if isinstance(error, kind)), (514, "UNKNOWN_ERROR"))
+    message = error.message
+    if isinstance(error, RefusedItem):
+        message = error.explain("input")
+        if error.reason is ErrorCode.CONTEXT_LENGTH_EXCEEDED:
+            code, name = 511, "LONG_PROMPT_ERROR"
+    return {"error_code": code, "error_code_str": f"{code}_{name}", "message": message}
+
+
+DIALECT = Dialect(router, render_error)

@@ -1,0 +1,322 @@
+"""The routes of Hugging Face's text-embeddings-inference, so that its clients work unchanged.
+
+A bare list cannot say that a text was cut: the header x-truncated-inputs does.
+
+*Source:* huggingface/text-embeddings-inference 1.9, its OpenAPI document and router/src/http/types.rs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool
+
+from backends.contract import Task
+from gateway.endpoints.dialect import Dialect, Services, describe, services
+from gateway.errors import (
+    BadRequest,
+    BodyTooLarge,
+    EmptyInput,
+    GatewayError,
+    RefusedItem,
+    ServerFault,
+    TimedOut,
+    Unavailable,
+    UnknownModel,
+    WrongTask,
+)
+from gateway.inputs import Inputs, TextFields, read_items, text_options
+from gateway.similarity import cosine_scores
+from gateway.tasks import Representations, Token, decode, represent, represent_sides, tokenize
+from gateway.wire import check, matrix, parse, read, read_bytes, respond
+
+router = APIRouter()
+
+_SIDES = {"left": "left", "right": "right", "Left": "left", "Right": "right"}
+
+
+class EmbedRequest(TextFields):
+    """The body of /embed, /embed_sparse and /embed_all."""
+
+    inputs: Inputs
+    truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
+
+    def fields(self) -> TextFields:
+        """The same in the words of the other dialects; a direction alone does not ask for truncation."""
+        side = _SIDES[self.truncation_direction] if self.truncation_direction and self.truncate else None
+        return self.model_copy(update={"truncation_side": side})
+
+
+class _Sides(BaseModel):
+    source_sentence: str
+    sentences: list[str]
+
+
+class _SimilarityParameters(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    truncate: StrictBool | None = None
+    truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
+    prompt_name: str | None = None
+
+
+class SimilarityRequest(BaseModel):
+    """The body of /similarity."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    inputs: _Sides
+    parameters: _SimilarityParameters | None = None
+    model: str | None = None
+
+
+class TokenizeRequest(TextFields):
+    """The body of /tokenize."""
+
+    inputs: Inputs
+    add_special_tokens: StrictBool = True
+
+
+class DecodeRequest(BaseModel):
+    """The body of /decode."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    ids: Any = Field(validation_alias=AliasChoices("ids", "inputs"))
+    skip_special_tokens: StrictBool = True
+    model: str | None = None
+
+
+_REFUSAL = {"error": "`inputs` cannot be empty", "error_type": "Empty"}
+_TEXTS = {"inputs": ["Hello, world", "Good morning"]}
+
+
+@router.post(
+    "/embed",
+    summary="Dense embeddings",
+    openapi_extra=describe(EmbedRequest.model_json_schema(), _TEXTS, [[0.5, -0.5], [0.5, 0.5]], _REFUSAL),
+)
+async def embed(request: Request) -> Response:
+    """One vector for each text, as a bare list."""
+    own = services(request)
+    return await _embed(own, await read(request, EmbedRequest, own.settings.max_body_bytes))
+
+
+@router.post(
+    "/embed_sparse",
+    summary="Sparse embeddings",
+    openapi_extra=describe(
+        EmbedRequest.model_json_schema(), _TEXTS, [[{"index": 7592, "value": 0.9}]], _REFUSAL
+    ),
+)
+async def embed_sparse(request: Request) -> Response:
+    """Weights of tokens for each text, as a bare list."""
+    own = services(request)
+    return await _embed_sparse(own, await read(request, EmbedRequest, own.settings.max_body_bytes))
+
+
+@router.post(
+    "/embed_all",
+    summary="Every token's vector",
+    openapi_extra=describe(EmbedRequest.model_json_schema(), _TEXTS, [[[0.5, -0.5], [0.5, 0.5]]], _REFUSAL),
+)
+async def embed_all(request: Request) -> Response:
+    """The encoder's own vector of every token, special tokens included."""
+    own = services(request)
+    body = await read(request, EmbedRequest, own.settings.max_body_bytes)
+    made = await _represent(own, body, Task.TOKENS)
+    return respond([await matrix(rows) for rows in made.tokens or ()], headers=_truncated(made))
+
+
+@router.post(
+    "/similarity",
+    summary="Cosine similarity",
+    openapi_extra=describe(
+        SimilarityRequest.model_json_schema(),
+        {"inputs": {"source_sentence": "Hello", "sentences": ["Hi", "Good morning"]}},
+        [0.83, 0.61],
+        _REFUSAL,
+    ),
+)
+async def similarity(request: Request) -> Response:
+    """Of one sentence to each of several, as a bare list."""
+    own = services(request)
+    return await _similarity(own, await read(request, SimilarityRequest, own.settings.max_body_bytes))
+
+
+@router.post(
+    "/tokenize",
+    summary="The tokens of texts",
+    openapi_extra=describe(
+        TokenizeRequest.model_json_schema(),
+        _TEXTS,
+        [[{"id": 7592, "text": "Hello", "special": False, "start": 0, "stop": 5}]],
+        _REFUSAL,
+    ),
+)
+async def tokenize_texts(request: Request) -> Response:
+    """Ids, texts and places of tokens."""
+    own = services(request)
+    body = await read(request, TokenizeRequest, own.settings.max_body_bytes)
+    items = read_items(body.inputs, own.settings, "inputs")
+    if items.has_ids:
+        raise BadRequest(
+            "inputs holds token ids; /tokenize takes texts, and /decode takes ids", param="inputs"
+        )
+    pipeline = await own.catalog.find(body.model)
+    rows = await tokenize(
+        own.inference,
+        pipeline,
+        items,
+        text_options(body, pipeline),
+        add_special_tokens=body.add_special_tokens,
+    )
+    return respond([[_token(token) for token in row] for row in rows])
+
+
+@router.post(
+    "/decode",
+    summary="The texts of token ids",
+    openapi_extra=describe(DecodeRequest.model_json_schema(), {"ids": [101, 7592, 102]}, ["hello"], _REFUSAL),
+)
+async def decode_ids(request: Request) -> Response:
+    """One text for each list of ids."""
+    own = services(request)
+    body = await read(request, DecodeRequest, own.settings.max_body_bytes)
+    items = read_items(body.ids, own.settings, "ids")
+    if not items.has_ids:
+        raise BadRequest("ids holds texts; /decode takes token ids, and /tokenize takes texts", param="ids")
+    pipeline = await own.catalog.find(body.model)
+    return respond(await decode(own.inference, pipeline, items, skip_special_tokens=body.skip_special_tokens))
+
+
+@router.get("/info", summary="The model that answers")
+async def info(request: Request, model: str | None = None) -> Response:
+    """The first model, or the one named by ?model=, with the limits that hold here."""
+    own = services(request)
+    pipeline = await own.catalog.find(model)
+    settings = own.settings
+    is_embedding = Task.EMBED in pipeline.tasks
+    pooling = pipeline.pooling if is_embedding else "splade" if Task.SPARSE in pipeline.tasks else "colbert"
+    commit = pipeline.checkpoint.partition("@")[2]
+    return respond(
+        {
+            "model_id": pipeline.served_model_name,
+            "model_sha": commit or None,
+            "model_dtype": pipeline.dtype,
+            "served_model_name": pipeline.served_model_name,
+            "model_type": {"embedding": {"pooling": pooling}},
+            "max_concurrent_requests": settings.max_items,
+            "max_input_length": pipeline.max_length,
+            "max_batch_tokens": pipeline.max_batch_tokens,
+            "max_batch_requests": pipeline.max_batch_size,
+            "max_client_batch_size": settings.max_items,
+            "auto_truncate": pipeline.truncation != "error",
+            "tokenization_workers": 1,
+            "version": importlib.metadata.version("triton-embeddings"),
+            "sha": None,
+            "docker_label": None,
+        }
+    )
+
+
+@router.post("/", include_in_schema=False)
+@router.post("/invocations", include_in_schema=False)
+async def answer(request: Request) -> Response:
+    """What clients send to the bare address: the task follows from the body, then from the model."""
+    own = services(request)
+    content = parse(await read_bytes(request, own.settings.max_body_bytes))
+    if isinstance(content.get("inputs"), dict):
+        return await _similarity(own, check(SimilarityRequest, content))
+    body = check(EmbedRequest, content)
+    pipeline = await own.catalog.find(body.model)
+    if Task.EMBED not in pipeline.tasks and Task.SPARSE in pipeline.tasks:
+        return await _embed_sparse(own, body)
+    return await _embed(own, body)
+
+
+async def _embed(own: Services, body: EmbedRequest) -> Response:
+    made = await _represent(own, body, Task.EMBED)
+    assert made.dense is not None
+    return respond(np.ascontiguousarray(made.dense), headers=_truncated(made))
+
+
+async def _embed_sparse(own: Services, body: EmbedRequest) -> Response:
+    made = await _represent(own, body, Task.SPARSE)
+    rows = [
+        [
+            {"index": index, "value": value}
+            for index, value in zip(vector.indices.tolist(), vector.weights.tolist(), strict=True)
+        ]
+        for vector in made.sparse or ()
+    ]
+    return respond(rows, headers=_truncated(made))
+
+
+async def _represent(own: Services, body: EmbedRequest, task: Task) -> Representations:
+    items = read_items(body.inputs, own.settings, "inputs")
+    pipeline = await own.catalog.find(body.model, task)
+    return await represent(own.inference, pipeline, items, [task], text_options(body.fields(), pipeline))
+
+
+async def _similarity(own: Services, body: SimilarityRequest) -> Response:
+    left = read_items([body.inputs.source_sentence], own.settings, "source_sentence")
+    right = read_items(body.inputs.sentences, own.settings, "sentences")
+    pipeline = await own.catalog.find(body.model, Task.EMBED)
+    asked = body.parameters or _SimilarityParameters()
+    fields = EmbedRequest(inputs=None, **asked.model_dump(exclude_none=True)).fields()
+    options = text_options(fields, pipeline)
+    sides = await represent_sides(own.inference, pipeline, left, right, [Task.EMBED], options)
+    scores = cosine_scores(*(side.dense for side in sides if side.dense is not None))
+    return respond(scores[0], headers=_truncated(*sides))
+
+
+def _token(token: Token) -> dict[str, Any]:
+    start, stop = (None, None) if token.is_special else (token.start, token.stop)
+    return {
+        "id": token.id,
+        "text": token.text,
+        "special": token.is_special,
+        "start": start,
+        "stop": stop,
+    }
+
+
+def _truncated(*made: Representations) -> dict[str, str]:
+    """The places of texts that were cut."""
+    places = np.flatnonzero(np.concatenate([one.is_truncated for one in made])).tolist()
+    return {"x-truncated-inputs": ",".join(map(str, places))} if places else {}
+
+
+# The first that fits: (error, status, error_type).
+_STATUSES: tuple[tuple[type[GatewayError], int, str], ...] = (
+    (EmptyInput, 400, "Empty"),
+    (WrongTask, 400, "Validation"),
+    (UnknownModel, 404, "Validation"),
+    (BodyTooLarge, 413, "Validation"),
+    (BadRequest, 422, "Validation"),
+    (Unavailable, 503, "Unhealthy"),
+    (TimedOut, 504, "Backend"),
+    (ServerFault, 424, "Backend"),
+)
+
+
+def _kind(error: GatewayError) -> tuple[int, str]:
+    return next((s, kind) for cls, s, kind in _STATUSES if isinstance(error, cls))
+
+
+def render_error(error: GatewayError) -> dict[str, Any]:
+    """{"error": message, "error_type"}."""
+    message = error.explain("inputs") if isinstance(error, RefusedItem) else error.message
+    return {"error": message, "error_type": _kind(error)[1]}
+
+
+def status(error: GatewayError) -> int:
+    """text-embeddings-inference's own statuses."""
+    return _kind(error)[0]
+
+
+DIALECT = Dialect(router, render_error, status)

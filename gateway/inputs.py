@@ -1,0 +1,186 @@
+"""What requests of all dialects say about texts: the texts themselves, and how to treat them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, WithJsonSchema
+
+from backends.contract import ErrorCode
+from gateway.errors import ADVICE, BadRequest, EmptyInput
+from gateway.inference import Pipeline
+from gateway.settings import Settings
+from gateway.tasks import Items, TextOptions
+
+_KINDS = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number that is not whole, or is huge",
+    str: "a string",
+    list: "a list",
+}
+
+# Checked by read_items: a validator that tries four kinds of list in turn takes seconds for a large one.
+_SCHEMA = {
+    "description": "A text, a list of texts, a list of token ids, or a list of such lists.",
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ],
+}
+Inputs = Annotated[Any, WithJsonSchema(_SCHEMA)]
+
+_ROLES = {
+    "query": "query",
+    "search_query": "query",
+    "document": "document",
+    "passage": "document",
+    "search_document": "document",
+}
+
+
+class TextFields(BaseModel):
+    """What a request may say besides its texts. Fields that are not named are ignored, null means absent."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = Field(
+        None, description="May be left out: the first model that serves what is asked for answers then."
+    )
+    input_type: Literal["query", "search_query", "document", "passage", "search_document"] | None = Field(
+        None, description="What the texts are, for models that treat queries and documents differently."
+    )
+    prompt_name: str | None = Field(None, description="One of the model's own prompts, such as query.")
+    prompt: str | None = Field(None, description="A text that is put before every input.")
+    truncate: StrictBool | None = Field(
+        None, description="Cut an input that is over the limit, or refuse it."
+    )
+    truncation_side: Literal["left", "right"] | None = Field(None, description="Which side is cut off.")
+    normalize: StrictBool | None = Field(None, description="Unit length or not, whatever the model says.")
+    dimensions: StrictInt | None = Field(
+        None, ge=1, description="Keep this many components of dense embeddings, and unit length."
+    )
+    top_k: StrictInt | None = Field(
+        None, ge=1, description="Keep this many of the largest sparse weights of each text."
+    )
+
+
+def text_options(body: TextFields, pipeline: Pipeline) -> TextOptions:
+    """What a request asks of the pipeline. Raises BadRequest for dimensions that it does not have."""
+    most = pipeline.dimensions
+    if body.dimensions is not None and most is not None and body.dimensions > most:
+        raise BadRequest(
+            f"dimensions is {body.dimensions}; {pipeline.served_model_name} takes 1 to {most}",
+            param="dimensions",
+            code=ErrorCode.INVALID_DIMENSIONS,
+        )
+    truncation = None
+    if body.truncate is False:
+        truncation = "error"
+    elif body.truncate or body.truncation_side:
+        truncation = body.truncation_side or "right"
+    return TextOptions(
+        body.prompt_name,
+        body.prompt,
+        truncation,
+        body.dimensions,
+        body.normalize,
+        _ROLES[body.input_type] if body.input_type else None,
+        body.top_k,
+    )
+
+
+def read_items(value: Any, settings: Settings, field: str = "input") -> Items:
+    """The forms that texts come in: a text, texts, token ids, lists of token ids; a text may stand in an
+    object, {"text": ...}.
+
+    Raises BadRequest, which names the item at fault.
+    """
+    if isinstance(value, (str, dict)):
+        value = [value]
+    if not isinstance(value, list):
+        raise BadRequest(
+            f"{field} is {_kind(value)}; it takes a string, a list of strings, or lists of token ids",
+            param=field,
+        )
+    if not value:
+        raise EmptyInput(f"{field} is an empty list; send at least one text", param=field)
+    if _is_id(value[0]):
+        value = [value]
+    if len(value) > settings.max_items:
+        raise BadRequest(
+            f"{field} has {len(value)} items; at most {settings.max_items} can be sent in one request",
+            param=field,
+        )
+    if isinstance(value[0], (str, dict)):
+        return _texts(value, field)
+    return _id_rows(value, settings.max_token_ids, field)
+
+
+def _texts(value: list[Any], field: str) -> Items:
+    texts = [_text_of(item) for item in value]
+    for i, text in enumerate(texts):
+        if isinstance(text, dict):
+            held = ", ".join(map(str, list(text)[:4])) or "nothing"
+            raise BadRequest(
+                f'{field}[{i}] is an object that holds {held}; texts stand in {{"text": "..."}}, and nothing '
+                "else can be embedded yet",
+                param=field,
+            )
+        if not isinstance(text, str):
+            raise BadRequest(
+                f"{field}[{i}] is {_kind(text)}; after a string, every item must be a string", param=field
+            )
+        if not text:
+            raise EmptyInput(f"{field}[{i}] is an empty string; leave it out, or send some text", param=field)
+    return Items.of_texts(texts)
+
+
+def _text_of(item: Any) -> Any:
+    """The text of {"text": ...} or {"type": "text", "text": ...}; anything else as it is."""
+    if isinstance(item, dict) and item.get("type", "text") == "text" and set(item) <= {"type", "text"}:
+        return item.get("text")
+    return item
+
+
+def _id_rows(value: list[Any], max_token_ids: int, field: str) -> Items:
+    for i, row in enumerate(value):
+        if not isinstance(row, list):
+            raise BadRequest(
+                f"{field}[{i}] is {_kind(row)}; items are strings, or lists of token ids", param=field
+            )
+        if not row:
+            raise EmptyInput(
+                f"{field}[{i}] is an empty list; leave it out, or send some token ids", param=field
+            )
+    count = sum(map(len, value))
+    if count > max_token_ids:
+        raise BadRequest(
+            f"{field} has {count} token ids; at most {max_token_ids} can be sent in one request", param=field
+        )
+    for i, row in enumerate(value):
+        for token in row:
+            if not _is_id(token):
+                raise BadRequest(
+                    f"{field}[{i}] holds {_kind(token)}; a list of token ids holds whole numbers only",
+                    param=field,
+                )
+            if not 0 <= token < 2**31:
+                raise BadRequest(
+                    f"{field}[{i}]: {token} is no token id of any model; "
+                    f"{ADVICE[ErrorCode.INVALID_TOKEN_ID]}",
+                    param=field,
+                    code=ErrorCode.INVALID_TOKEN_ID,
+                )
+    return Items.of_ids(value)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), "an object")
