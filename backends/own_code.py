@@ -10,8 +10,9 @@ those that it wants in `forward_args()`.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -122,19 +123,21 @@ def _own_step(loaded: torch.nn.Module) -> Step:
 
 
 def load_own_module(checkpoint: Checkpoint, module: Module, device: torch.device) -> torch.nn.Module:
-    """An instance of the class that a module names. Raises CheckpointError for code that fails."""
+    """An instance of the class that a module names. Raises CheckpointError for code that fails.
+
+    Its file may import others that lie beside it, relatively (as transformers wants it) or by their bare
+    names (as RTP-LLM does).
+    """
     assert module.code is not None
     folder = str(checkpoint.path)
-    # The file may import others that lie beside it.
     if folder not in sys.path:
         sys.path.append(folder)
+    package = types.ModuleType(f"checkpoint_{abs(hash(folder))}")
+    package.__path__ = [folder]
+    sys.modules.setdefault(package.__name__, package)
     name = ".".join(module.code.relative_to(checkpoint.path).with_suffix("").parts)
-    spec = importlib.util.spec_from_file_location(name, module.code)
-    assert spec is not None
-    assert spec.loader is not None
-    code = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(code)
+        code = importlib.import_module(f"{package.__name__}.{name}")
         loaded = getattr(code, module.kind).load(str(module.path))
     except Exception as error:  # it is anybody's code, which may fail in any way
         raise CheckpointError(

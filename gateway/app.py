@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from gateway.catalog import Catalog
 from gateway.endpoints import DEFAULT_DIALECT, DIALECTS
@@ -117,6 +118,9 @@ def _respond(
 
 
 def _dialect(request: Request) -> Dialect:
-    """The dialect whose route the request took."""
-    tags = getattr(request.scope.get("route"), "tags", None) or [""]
-    return DIALECTS.get(tags[0], DEFAULT_DIALECT)
+    """The dialect that has the request's path, whatever the method."""
+    for dialect in DIALECTS.values():
+        for route in dialect.router.routes:
+            if route.matches(request.scope)[0] is not Match.NONE:
+                return dialect
+    return DEFAULT_DIALECT

@@ -102,7 +102,6 @@ class Inference(Protocol):
     ) -> dict[str, Answer]:
         """The outputs of every item, in the order of the items; of the whole pipeline, or of one stage alone.
 
-        An output that is ragged (see contract.COUNT_OF) comes with its count, which must be asked for too.
         Raises GatewayError.
         """
 
@@ -152,6 +151,7 @@ class GrpcInference:
         stage: str | None = None,
     ) -> dict[str, Answer]:
         parts = _cut(items, pipeline)
+        asked = list(dict.fromkeys([*outputs, *(COUNT_OF[name] for name in outputs if name in COUNT_OF)]))
         model = pipeline.name if stage is None else entry_name(pipeline.name, stage)
         # Answers with a vector for each token are a thousand times larger than their texts: a few at a time.
         gate = asyncio.Semaphore(_LARGE_PARTS if _LARGE & set(outputs) else len(parts))
@@ -163,7 +163,7 @@ class GrpcInference:
                 if size > self._max_answer_bytes:
                     raise _too_large(self._max_answer_bytes)
                 own = [items[i] for i in part]
-                answer = await self._infer_part(pipeline, model, own, outputs, parameters)
+                answer = await self._infer_part(pipeline, model, own, asked, parameters)
                 size += sum(array.nbytes for array in answer.values())
                 if size > self._max_answer_bytes:
                     raise _too_large(self._max_answer_bytes)

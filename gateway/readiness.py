@@ -114,22 +114,31 @@ class Readiness:
         is_fresh = last is not None and time.monotonic() - last < self._interval_s
         if is_fresh and pipeline.name not in self._failures:
             return
+        reason = await self._fault_of_canary(pipeline)
+        if reason is None:
+            if self._failures.pop(pipeline.name, None) is not None:
+                logger.info("%s answers again", pipeline.served_model_name)
+            return
+        if pipeline.name not in self._failures:
+            logger.warning("%s does not answer: %s", pipeline.served_model_name, reason)
+        self._failures[pipeline.name] = reason
+
+    async def _fault_of_canary(self, pipeline: Pipeline) -> str | None:
+        """Asks for everything that the model serves; why that failed, or None."""
         outputs = [name for task in sorted(pipeline.tasks) for name in TASK_OUTPUTS[task]]
         try:
             async with asyncio.timeout(self._patience_s):
                 await self._inference.infer(
                     pipeline, [_CANARY], outputs, {RequestParameter.TRUNCATION: "right"}
                 )
-        except (GatewayError, TimeoutError) as error:
-            reason = (
-                error.message if isinstance(error, GatewayError) else f"no answer in {self._patience_s:g} s"
-            )
-            if pipeline.name not in self._failures:
-                logger.warning("%s does not answer: %s", pipeline.served_model_name, reason)
-            self._failures[pipeline.name] = reason
-        else:
-            if self._failures.pop(pipeline.name, None) is not None:
-                logger.info("%s answers again", pipeline.served_model_name)
+        except GatewayError as error:
+            return error.message
+        except TimeoutError:
+            return f"no answer in {self._patience_s:g} s"
+        except Exception:
+            logger.exception("the canary of %s failed", pipeline.served_model_name)
+            return "an unexpected error; the gateway's log tells what it was"
+        return None
 
     def _fault(self, pipeline: Pipeline) -> str | None:
         if pipeline.name in self._failures:

@@ -1,6 +1,8 @@
 """What every test may use."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,12 @@ from tests.support import fake_pb_utils
 
 # The stages import the module that the server brings; this must be in place before any of them is imported.
 sys.modules.setdefault("triton_python_backend_utils", fake_pb_utils)
+
+# transformers copies a checkpoint's own code there, which is otherwise a folder of the person who runs the
+# tests.
+os.environ.setdefault(
+    "HF_MODULES_CACHE", str(Path(tempfile.gettempdir()) / "triton-embeddings-tests-modules")
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 

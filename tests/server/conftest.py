@@ -4,6 +4,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from backends.source import resolve
+from tests.support import checkpoints
 from tests.support.checkpoints import sentence_transformer
 from tests.support.server import serve
 from triton_embeddings import models
@@ -44,6 +45,44 @@ def serving(tmp_path_factory, tiny):
     for dtype in HALVES:
         models.add(repository, str(tiny), f"tiny-{dtype}", {"dtype": dtype})
     with serve(folder / "output", "--model-repository", repository, GATEWAY_CANARY_INTERVAL_S="1") as running:
+        yield running
+
+
+LONG = 8192
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory):
+    """A folder with a checkpoint of every layout of sparse and ColBERT models, and of both ways to run."""
+    folder = tmp_path_factory.mktemp("kinds")
+    checkpoints.bge_m3(folder / "bge-m3", max_length=LONG)
+    checkpoints.splade(folder / "splade")
+    checkpoints.pylate(folder / "pylate")
+    checkpoints.stanford(folder / "stanford")
+    sentence_transformer(folder / "mpnet", {"pooling_mode": "mean"}, base=checkpoints.mpnet)
+    sentence_transformer(folder / "modernbert", {"pooling_mode": "mean"}, base=checkpoints.modernbert)
+    checkpoints.own_code(folder / "own")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def serving_kinds(tmp_path_factory, kinds):
+    """Everything in that folder, in float32."""
+    folder = tmp_path_factory.mktemp("serving-kinds")
+    tasks = {
+        "bge-m3": {},
+        "splade": {"task": "SPARSE_EMBEDDING"},
+        "pylate": {"task": "colbert_embedding"},
+        "stanford": {"task": "COLBERT_EMBEDDING"},
+        "mpnet": {"task": "DENSE_EMBEDDING"},
+        "modernbert": {"task": "embed"},
+        "own": {"task": "embed", "trust_remote_code": True},
+    }
+    for name, options in tasks.items():
+        models.add(folder / "models", str(kinds / name), name, {"dtype": "float32", **options})
+    with serve(
+        folder / "output", "--model-repository", folder / "models", GATEWAY_CANARY_INTERVAL_S="60"
+    ) as running:
         yield running
 
 

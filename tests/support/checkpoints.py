@@ -336,7 +336,7 @@ def bge_m3(path: Path, max_length: int = 64, **settings: Any) -> Path:
         base=lambda p: xlm_roberta(p, max_length, **settings),
     )
     torch.save({"weight": noise(32, 32, seed=1), "bias": noise(32, seed=2)}, path / "colbert_linear.pt")
-    torch.save({"weight": noise(1, 32, seed=3), "bias": torch.tensor([0.1])}, path / "sparse_linear.pt")
+    torch.save({"weight": noise(1, 32, seed=10), "bias": torch.tensor([0.1])}, path / "sparse_linear.pt")
     return path
 
 
@@ -419,5 +419,55 @@ def stanford(path: Path, size: int = 16) -> Path:
     write_json(path / "config.json", {**config, "architectures": ["HF_ColBERT"]})
     write_json(
         path / "artifact.metadata", {"query_maxlen": 16, "doc_maxlen": 40, "attend_to_mask_tokens": False}
+    )
+    return path
+
+
+_OWN_CODE = '''
+import json
+from pathlib import Path
+
+import torch
+
+from .scaling import times
+
+
+class ScaledPooling(torch.nn.Module):
+    """The mean of the tokens, without the first, times a number of its config.json."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    @classmethod
+    def load(cls, path, subfolder="", **kwargs):
+        return cls(json.loads((Path(path, subfolder) / "config.json").read_text())["scale"])
+
+    def forward(self, features, **kwargs):
+        mask = features["attention_mask"].clone()
+        mask[:, 0] = 0
+        mask = mask[..., None].to(features["token_embeddings"].dtype)
+        total = (features["token_embeddings"] * mask).sum(1)
+        features["sentence_embedding"] = times(total / mask.sum(1).clamp_min(1), self.scale)
+        return features
+
+    def save(self, path, **kwargs):
+        pass
+'''
+
+
+def own_code(path: Path) -> Path:
+    """A chain with a module that lies in a .py file of the checkpoint, beside a file that it imports."""
+    sentence_transformer(path, {"pooling_mode": "mean"})
+    (path / "my_pooling.py").write_text(_OWN_CODE)
+    (path / "scaling.py").write_text("def times(values, scale):\n    return values * scale\n")
+    write_json(path / "1_Scaled" / "config.json", {"scale": 3.0})
+    types = [
+        ("", "sentence_transformers.models.Transformer"),
+        ("1_Scaled", "my_pooling.ScaledPooling"),
+    ]
+    write_json(
+        path / "modules.json",
+        [{"idx": i, "name": str(i), "path": p, "type": kind} for i, (p, kind) in enumerate(types)],
     )
     return path
