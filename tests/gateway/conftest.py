@@ -7,7 +7,7 @@ import pytest
 
 from gateway.app import create_app
 from gateway.settings import Settings
-from tests.support.fake_inference import FakeInference
+from tests.support.fake_inference import KINDS, ROLES, FakeInference
 
 
 @contextlib.asynccontextmanager
@@ -30,4 +30,13 @@ async def client(inference):
     async with running(
         inference, max_body_bytes=100_000, max_items=10, max_token_ids=30, canary_interval_s=0.2
     ) as made:
+        yield made
+
+
+@pytest.fixture
+async def kinds():
+    """A client of a gateway whose first model has every head, and whose second is a late interaction
+    model.
+    """
+    async with running(FakeInference([KINDS, ROLES]), max_items=10) as made:
         yield made

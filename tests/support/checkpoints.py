@@ -51,6 +51,7 @@ def write_wordpiece(path: Path, max_length: int) -> int:
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
+    tokenizer.add_special_tokens(_SPECIAL)
     # Published files carry the padding and truncation of their training (all-MiniLM-L6-v2's does).
     tokenizer.enable_truncation(max_length=8)
     tokenizer.enable_padding(length=8)

@@ -4,11 +4,29 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from backends.contract import DENSE, N_TOKENS, TRUNCATED, Task
+from backends.contract import (
+    DECODED,
+    DENSE,
+    INPUT_IDS,
+    IS_SPECIAL,
+    N_TOKENS,
+    SPARSE_COUNT,
+    SPARSE_INDICES,
+    SPARSE_WEIGHTS,
+    TOKEN_EMBEDDINGS,
+    TOKEN_IDS,
+    TOKEN_SPANS,
+    TOKEN_TEXTS,
+    TOKEN_VECTORS,
+    TRUNCATED,
+    VECTOR_COUNT,
+    Task,
+)
 from gateway.errors import GatewayError
 from gateway.inference import Pipeline
 
@@ -21,6 +39,24 @@ PIPELINE = Pipeline(
     max_length=16,
     max_batch_size=4,
     max_batch_tokens=64,
+)
+
+
+KINDS = Pipeline(
+    name="m3",
+    served_model_name="org/m3",
+    tasks=frozenset(Task),
+    family="xlm_roberta",
+    dimensions=8,
+    max_length=16,
+    max_batch_size=4,
+    max_batch_tokens=64,
+    checkpoint="hub:org/m3@abc",
+    pooling="cls",
+)
+"""A model with every head."""
+ROLES = replace(
+    KINDS, name="late", served_model_name="org/late", tasks=frozenset({Task.COLBERT}), has_roles=True
 )
 
 
@@ -47,12 +83,40 @@ class FakeInference:
         if self.fault is not None:
             raise self.fault
         self._last[pipeline.name] = time.monotonic()
+        if stage == "tokenizer":
+            return self._tokenizer(items, parameters)
+        role = str(parameters.get("role", "")).encode()
         rows = {
             DENSE: np.stack([vector(item, parameters.get("dimensions", 8)) for item in items]),
             N_TOKENS: np.array([[len(item)] for item in items], np.int32),
             TRUNCATED: np.array([[len(item) > 16] for item in items]),
+            # One index for each letter; its weight is how often it is there.
+            SPARSE_INDICES: [np.array(sorted(set(item)), np.int32) for item in items],
+            SPARSE_WEIGHTS: [
+                np.array([item.count(c) for c in sorted(set(item))], np.float32) for item in items
+            ],
+            SPARSE_COUNT: np.array([[len(set(item))] for item in items], np.int32),
+            # One vector for each letter.
+            TOKEN_VECTORS: [np.stack([vector(bytes([c]) + role) for c in item]) for item in items],
+            VECTOR_COUNT: np.array([[len(item)] for item in items], np.int32),
+            TOKEN_EMBEDDINGS: [np.stack([vector(bytes([c])) for c in item]) for item in items],
+            TOKEN_IDS: [np.frombuffer(item, np.uint8).astype(np.int32) for item in items],
         }
         return {name: rows[name] for name in outputs}
+
+    def _tokenizer(self, items, parameters):
+        if parameters.get("text_format") == "ids":
+            ids = [np.frombuffer(item, "<i4") for item in items]
+            return {
+                TOKEN_TEXTS: [[chr(c).lower().encode() for c in row] for row in ids],
+                DECODED: np.array([["".join(map(chr, row)).encode()] for row in ids], object),
+            }
+        return {
+            INPUT_IDS: [list(item) for item in items],
+            TOKEN_TEXTS: [[bytes([c]) for c in item] for item in items],
+            IS_SPECIAL: [[i == 0 for i in range(len(item))] for item in items],
+            TOKEN_SPANS: [[(i, i + 1) for i in range(len(item))] for item in items],
+        }
 
     def last_success(self, pipeline: Pipeline) -> float | None:
         return self._last.get(pipeline.name)
