@@ -44,9 +44,11 @@ def _native_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
             raise CheckpointError(
                 f"config.json says {name} {config[name]!r}, which is not served; it takes {values[0]!r}"
             )
-    kind = (config.get("rope_scaling") or {}).get("type", "ntk")
-    if kind != "ntk":
-        raise CheckpointError(f"config.json says rope_scaling {kind!r}, which is not served; it takes 'ntk'")
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("type", "ntk") != "ntk" or scaling.get("mixed_b") is not None:
+        raise CheckpointError(
+            f"config.json says rope_scaling {scaling}, which is not served; its type may be 'ntk'"
+        )
     theta = float(config.get("rope_theta", 10000.0))
     native = {name: config[name] for name in _KEPT if name in config}
     return {**native, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}

@@ -160,6 +160,84 @@ def test_a_config_without_model_type_takes_the_given_one(tmp_path):
 MPNET = FAMILIES["mpnet"]
 
 
+def rewrite(path, **changes):
+    """Changes entries of config.json; None takes one out."""
+    config = {**json.loads((path / "config.json").read_text()), **changes}
+    checkpoints.write_json(path / "config.json", {n: v for n, v in config.items() if v is not None})
+    return Checkpoint.read(path)
+
+
+def as_new_model(path, theta, **changes):
+    """The layout of Alibaba-NLP's own repositories: another model_type, and a prefix on every tensor."""
+    weights = safetensors.torch.load_file(path / "model.safetensors")
+    renamed = {f"new.{name}": value for name, value in weights.items()}
+    safetensors.torch.save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
+    return rewrite(path, model_type="new", rope_parameters=None, rope_theta=theta, **changes)
+
+
+def test_gte_of_the_original_repositories(tmp_path):
+    native = Checkpoint.read(checkpoints.gte(tmp_path / "native"))
+    batch = batch_of(native)
+    expected = run(load_forward(native), batch)
+    path = checkpoints.gte(tmp_path / "new")
+    original = as_new_model(path, 160000.0, architectures=["NewModel"])
+    torch.testing.assert_close(run(load_forward(original), batch), expected)
+    stretched = rewrite(path, rope_scaling={"type": "ntk", "factor": 2.0})
+    got = run(load_forward(stretched), batch)
+    assert (got - expected).abs().max() > 0.01, "positions are stretched"
+    # The same by hand: a head has 8 components.
+    model = load_forward(native).model
+    powers = torch.arange(0, 8, 2) / 8
+    model.rotary_emb.inv_freq.copy_(1 / (320000.0**powers) / 2 ** (2 / 8))
+    by_hand = run(PackedForward(model, family_of(native), dict(native.config)), batch)
+    torch.testing.assert_close(got, by_hand)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2, "mixed_b": 0.3}}, "rope_scaling"),
+        ({"logn_attention_scale": True}, "logn_attention_scale True, which is not served; it takes False"),
+        ({"position_embedding_type": "absolute"}, "position_embedding_type 'absolute'"),
+    ],
+)
+def test_gte_variants_that_would_give_wrong_numbers_are_refused(tmp_path, changes, message):
+    checkpoint = as_new_model(checkpoints.gte(tmp_path / "c"), 160000.0, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_forward(checkpoint)
+
+
+def test_nomic_bert_of_the_original_repositories(tmp_path):
+    native = Checkpoint.read(checkpoints.nomic_bert(tmp_path / "native"))
+    batch = batch_of(native)
+    expected = run(load_forward(native), batch)
+    path = checkpoints.nomic_bert(tmp_path / "original")
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "rope_parameters",
+    )
+    gpt2 = {
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_inner": 64,
+        "n_positions": 8192,
+        "rotary_emb_base": 1000,
+    }
+    gone = dict.fromkeys((*names, "max_position_embeddings", "layer_norm_eps"))
+    original = rewrite(path, **gone, **gpt2, layer_norm_epsilon=1e-12, activation_function="swiglu")
+    assert (original.hidden_size, original.positions) == (32, 8192)
+    torch.testing.assert_close(run(load_forward(original), batch), expected)
+    with pytest.raises(CheckpointError, match="num_experts 8, which is not served"):
+        load_forward(rewrite(path, num_experts=8))
+    other = run(load_forward(rewrite(path, rotary_emb_base=50, num_experts=None)), batch)
+    assert (other - expected).abs().max() > 0.01, "theta is read"
+
+
 def mpnet():
     config = MPNetConfig(
         vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
