@@ -14,17 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import CheckpointError
+from backends.json_file import read_json
+from backends.weight_files import check_weights
 
 # The first of these that exists holds the settings of the Transformer module.
 _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
 )
 # The last ones are what transformers makes a tokenizer of where there is no tokenizer.json.
 _TOKENIZERS = (
@@ -39,7 +35,6 @@ _TOKENIZERS = (
 _TRANSFORMERS = ("Transformer", "MLMTransformer")
 # Packages whose classes are known here by name; a class of any other module is the checkpoint's own code.
 _KNOWN_PACKAGES = ("sentence_transformers", "pylate")
-_LFS_POINTER = b"version https://git-lfs"
 # The tokenizer's way to say that it knows no limit is a huge number (transformers' VERY_LARGE_INTEGER is
 # 1e30).
 _NO_LIMIT = 1_000_000_000
@@ -197,68 +192,6 @@ def _hidden_size(config: Mapping[str, Any]) -> Any:
 def _positions(config: Mapping[str, Any]) -> int | None:
     declared = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
     return declared if declared > 0 else None
-
-
-def check_weights(folder: Path) -> None:
-    """Finds what a broken download leaves behind, by the files' headers. Raises CheckpointError."""
-    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if found is None:
-        raise CheckpointError(
-            f"{folder} has no weights; one of {', '.join(WEIGHTS)} belongs there. "
-            "A download that was cut short looks like this"
-        )
-    files = {found}
-    if found.name.endswith(".index.json"):
-        shards = set((read_json(found).get("weight_map") or {}).values())
-        files = {folder / str(name) for name in shards}
-        missing = sorted(file.name for file in files if not file.is_file())
-        if missing or not files:
-            raise CheckpointError(
-                f"{found} names {len(missing)} files that are not there: {', '.join(missing[:3])}"
-            )
-    for file in sorted(files):
-        _check_weight_file(file)
-
-
-def _check_weight_file(file: Path) -> None:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
-            raise CheckpointError(f"{file} is a git-lfs pointer, not the weights; run: git lfs pull")
-        if file.suffix != ".safetensors":
-            return
-        # A safetensors file: the header's length in 8 bytes, the header in JSON, the numbers.
-        length = int.from_bytes(start[:8], "little")
-        stream.seek(8)
-        try:
-            header = json.loads(stream.read(length)) if 0 < length <= size - 8 else None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            header = None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file} is not a safetensors file, or was cut short ({size} bytes)")
-    entries = [entry for name, entry in header.items() if name != "__metadata__"]
-    ends = [entry["data_offsets"][1] for entry in entries if isinstance(entry, dict)]
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise CheckpointError(
-            f"{file} has {size} bytes, but its header tells of {expected}: download it again"
-        )
-
-
-def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
-    """A file's JSON object; empty where there is no such file. Raises CheckpointError."""
-    if not path.is_file():
-        if required:
-            raise CheckpointError(f"{path.parent} has no {path.name}; is it the directory of a checkpoint?")
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}; a JSON object belongs there")
-    return content
 
 
 def _declared_modules(path: Path) -> list[tuple[str, str, str]]:

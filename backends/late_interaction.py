@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backends.checkpoint import Checkpoint, Module, read_json
+from backends.checkpoint import Checkpoint, Module
 from backends.errors import CheckpointError
+from backends.json_file import read_json
 
 PUNCTUATION = tuple(string.punctuation)
 _TOKENS = "token_embeddings"

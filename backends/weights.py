@@ -9,8 +9,9 @@ from pathlib import Path
 import safetensors
 import torch
 
-from backends.checkpoint import WEIGHTS, read_json
 from backends.errors import CheckpointError
+from backends.json_file import read_json
+from backends.weight_files import WEIGHTS
 
 _BROKEN = (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError)
 

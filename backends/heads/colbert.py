@@ -90,7 +90,7 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> C
     import torch
 
     from backends.sentence_modules import load_link
-    from backends.tokenization import token_ids_of
+    from backends.tokenizer_file import token_ids_of
     from backends.weights import linear_from, read_tensors
 
     late = _late(checkpoint)

@@ -206,7 +206,7 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> S
     import torch
 
     from backends.masked_lm import load_masked_lm
-    from backends.tokenization import special_token_ids
+    from backends.tokenizer_file import special_token_ids
     from backends.weights import linear_from, read_tensors
 
     top_k = checkpoint.sentence_config.get("max_active_dims")

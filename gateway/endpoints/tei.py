@@ -209,7 +209,7 @@ async def info(request: Request, model: str | None = None) -> Response:
             "model_dtype": pipeline.dtype,
             "served_model_name": pipeline.served_model_name,
             "model_type": {"embedding": {"pooling": pooling}},
-            "max_concurrent_requests": settings.max_items,
+            "max_concurrent_requests": None,
             "max_input_length": pipeline.max_length,
             "max_batch_tokens": pipeline.max_batch_tokens,
             "max_batch_requests": pipeline.max_batch_size,
