@@ -336,8 +336,9 @@ def bge_m3(path: Path, max_length: int = 64, **settings: Any) -> Path:
         transformer={"max_seq_length": max_length},
         base=lambda p: xlm_roberta(p, max_length, **settings),
     )
-    torch.save({"weight": noise(32, 32, seed=1), "bias": noise(32, seed=2)}, path / "colbert_linear.pt")
-    torch.save({"weight": noise(1, 32, seed=10), "bias": torch.tensor([0.1])}, path / "sparse_linear.pt")
+    size = settings.get("hidden_size", 32)
+    torch.save({"weight": noise(size, size, seed=1), "bias": noise(size, seed=2)}, path / "colbert_linear.pt")
+    torch.save({"weight": noise(1, size, seed=10), "bias": torch.tensor([0.1])}, path / "sparse_linear.pt")
     return path
 
 
