@@ -37,7 +37,7 @@ _TRANSFORMERS = ("Transformer", "MLMTransformer")
 _KNOWN_PACKAGES = ("sentence_transformers", "pylate")
 # The tokenizer's way to say that it knows no limit is a huge number (transformers' VERY_LARGE_INTEGER is
 # 1e30).
-_NO_LIMIT = 1_000_000_000
+NO_LIMIT = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Checkpoint:
     """Where config.json, the weights and the tokenizer lie: `path`, or the Transformer module's own
     folder.
     """
+    has_modules: bool
+    """Whether there is a modules.json."""
     modules: tuple[Module, ...]
     """The chain behind the transformer, from modules.json or by the rules for checkpoints without one."""
     prompts: Mapping[str, str]
@@ -112,13 +114,13 @@ class Checkpoint:
 
     @property
     def role_prompts(self) -> dict[str, str]:
-        """The prompts for queries and for documents, where the checkpoint has one.
+        """The prompts for queries and for documents, where the checkpoint has them; they may be empty.
 
         *Source:* sentence-transformers 6.2, encode_query and encode_document.
         """
         document = next((n for n in ("document", "passage", "corpus") if n in self.prompts), None)
-        found = {"query": self.prompts.get("query"), "document": self.prompts.get(document or "")}
-        return {role: prompt for role, prompt in found.items() if prompt}
+        names = {"query": "query", "document": document}
+        return {role: self.prompts[name] for role, name in names.items() if name and name in self.prompts}
 
     def side_file(self, stem: str) -> Path | None:
         """A file of weights beside the model's own, such as colbert_linear.pt; None when it is not there."""
@@ -156,9 +158,9 @@ class Checkpoint:
         sentence = read_json(path / "config_sentence_transformers.json")
         if not all(isinstance(text, str) for text in (sentence.get("prompts") or {}).values()):
             raise CheckpointError(f"{path / 'config_sentence_transformers.json'}: prompts must be texts")
-        prompts = {name: text for name, text in (sentence.get("prompts") or {}).items() if text}
+        prompts = dict(sentence.get("prompts") or {})
         default_prompt_name = sentence.get("default_prompt_name")
-        if default_prompt_name is not None and default_prompt_name not in (sentence.get("prompts") or {}):
+        if default_prompt_name is not None and default_prompt_name not in prompts:
             raise CheckpointError(
                 f"{path / 'config_sentence_transformers.json'}: default_prompt_name is "
                 f"{default_prompt_name!r}, "
@@ -169,10 +171,11 @@ class Checkpoint:
             path=path,
             config=config,
             transformer_path=transformer_path,
+            has_modules=bool(declared),
             modules=modules,
             notes=notes,
             prompts=prompts,
-            default_prompt_name=default_prompt_name if default_prompt_name in prompts else None,
+            default_prompt_name=default_prompt_name,
             max_length=_max_length(transformer_path, config, transformer, max_length),
             sentence_config=sentence,
             transformer_config=transformer,
@@ -203,7 +206,7 @@ def _declared_modules(path: Path) -> list[tuple[str, str, str]]:
         return []
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-        declared = [(e["type"].rsplit(".", 1)[-1], e.get("path") or "", e["type"]) for e in entries]
+        declared = [(e["type"].rsplit(".", 1)[-1], str(e.get("path") or ""), e["type"]) for e in entries]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is not a list of modules with a type and a path: {error!r}") from error
     if not declared or declared[0][0] not in _TRANSFORMERS:
@@ -211,6 +214,16 @@ def _declared_modules(path: Path) -> list[tuple[str, str, str]]:
         raise CheckpointError(
             f"{file} begins with {first}; only chains that begin with a Transformer can be served"
         )
+    for i, (_, folder, dotted) in enumerate(declared):
+        if Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise CheckpointError(f"{file} has the path {folder!r}, which leads out of the checkpoint")
+        is_known = dotted.split(".")[0] in _KNOWN_PACKAGES
+        if not is_known and (i == 0 or _own_code(path, dotted) is None):
+            raise CheckpointError(
+                f"{file} names {dotted}, which is not served: a module may be of "
+                f"{', '.join(_KNOWN_PACKAGES)} or, "
+                "behind the Transformer, a class in a .py file of the checkpoint"
+            )
     return declared
 
 
@@ -228,7 +241,8 @@ def _modules(
                 _own_code(path, dotted),
             )
             for kind, folder, dotted in declared[1:]
-            if kind != "Dropout"  # does nothing outside training
+            # It does nothing outside training.
+            if kind != "Dropout" or _own_code(path, dotted) is not None
         )
         return chain, ()
     pooling = path / "1_Pooling"
@@ -268,15 +282,15 @@ def _own_code(path: Path, dotted: str) -> Path | None:
 def _max_length(
     path: Path, config: Mapping[str, Any], transformer: Mapping[str, Any], wanted: int | None
 ) -> int:
-    positions = _positions(config) or _NO_LIMIT
+    positions = _positions(config) or NO_LIMIT
     declared = transformer.get("max_seq_length")
     if declared is None:
         declared = read_json(path / "tokenizer_config.json").get("model_max_length")
-    own = min(int(declared) if declared is not None else _NO_LIMIT, positions)
+    own = min(int(declared) if declared is not None else NO_LIMIT, positions)
     if wanted is not None and wanted > positions:
         raise CheckpointError(
             f"max_length is {wanted}, but {path} has {positions} positions; give at most {positions}"
         )
-    if wanted is None and own >= _NO_LIMIT:
+    if wanted is None and own >= NO_LIMIT:
         raise CheckpointError(f"{path} does not tell how long a text may be; give --max-length")
     return own if wanted is None else wanted

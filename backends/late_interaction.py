@@ -88,14 +88,13 @@ def late_interaction_of(checkpoint: Checkpoint) -> LateInteraction | None:
     projection = checkpoint.side_file("colbert_linear")
     if projection is not None:
         return LateInteraction("bge_m3", weights=projection, drops_first=True)
-    if "HF_ColBERT" in checkpoint.architecture:
-        return _stanford(checkpoint)
-    if checkpoint.sentence_model_type == "ColBERT":
+    # A repository may hold several layouts: modules.json is looked at first, as sentence-transformers does.
+    if checkpoint.has_modules and checkpoint.sentence_model_type == "ColBERT":
         return _pylate(checkpoint)
     is_chain = any(module.kind == "MultiVectorMask" for module in checkpoint.modules)
-    if is_chain or checkpoint.sentence_model_type == "MultiVectorEncoder":
+    if is_chain or (checkpoint.has_modules and checkpoint.sentence_model_type == "MultiVectorEncoder"):
         return _sentence_transformers(checkpoint)
-    return None
+    return _stanford(checkpoint) if "HF_ColBERT" in checkpoint.architecture else None
 
 
 def _stanford(checkpoint: Checkpoint) -> LateInteraction:
@@ -189,9 +188,9 @@ def _links(checkpoint: Checkpoint) -> tuple[Module, ...]:
     """The modules between the transformer and the mask, which all work on tokens."""
     links = []
     for module in checkpoint.modules:
-        if module.kind in ("MultiVectorMask", "Normalize"):
+        if module.kind in ("MultiVectorMask", "Normalize") and module.code is None:
             continue
-        if module.kind not in ("Dense", "LayerNorm"):
+        if module.kind not in ("Dense", "LayerNorm") or module.code is not None:
             raise CheckpointError(
                 f"{checkpoint.path}/modules.json holds the module {module.kind}, which is not "
                 "served; behind the "

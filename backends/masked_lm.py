@@ -62,6 +62,16 @@ def _roberta_like(prefix: str, activation: str = "=gelu") -> Layout:
     )
 
 
+def _gte(prefix: str) -> Layout:
+    return Layout(
+        words=f"{prefix}.embeddings.word_embeddings.weight",
+        dense="lm_head.dense",
+        norm="lm_head.norm",
+        decoder="lm_head.decoder",
+        bias=("lm_head.decoder.bias", "lm_head.bias"),
+    )
+
+
 _LAYOUTS: Mapping[str, Layout] = {
     "bert": _bert_like("bert"),
     "roberta": _roberta_like("roberta"),
@@ -101,6 +111,8 @@ _LAYOUTS: Mapping[str, Layout] = {
         decoder="predictions.decoder",
         bias=("predictions.bias", "predictions.decoder.bias"),
     ),
+    "gte": _gte("gte"),
+    "new": _gte("new"),
     "eurobert": Layout(words="model.embed_tokens.weight", decoder="lm_head"),
 }
 

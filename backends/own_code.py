@@ -27,6 +27,7 @@ from backends.sentence_modules import Pooling, load_link
 _TOKENS = "token_embeddings"
 _SENTENCE = "sentence_embedding"
 _FEATURES = ("input_lengths", "input_ids", "attention_mask", _TOKENS, _SENTENCE)
+_LINKS = ("Dense", "LayerNorm", "Normalize")
 # Padded tokens that are kept at once.
 _MAX_PADDED_TOKENS = 16384
 
@@ -98,6 +99,12 @@ def _step(
             return {**features, _SENTENCE: pooling(Ragged(tokens, batch.lengths), prompt_length)}
 
         return pool
+    if module.kind not in _LINKS:
+        raise CheckpointError(
+            f"{checkpoint.path}/modules.json holds the module {module.kind}, which is not served; "
+            "beside its own "
+            f"classes there may be Pooling, {', '.join(_LINKS)}"
+        )
     link = load_link(module, device)
 
     def apply(features: Features, batch: Ragged, prompt_length: torch.Tensor | None) -> Features:

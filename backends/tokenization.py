@@ -90,7 +90,9 @@ class TokenizerSettings:
             prompts = late.prompts
         else:
             prompts = checkpoint.role_prompts
-        prompt = _prompt(parameters, checkpoint, prompts.get(role) if role else None)
+        named = {**checkpoint.prompts, **prompts}
+        of_role = prompts.get(role) if role else None
+        prompt = _prompt(parameters, named, of_role, checkpoint.default_prompt_name)
         return cls(prompt, wanted, text_format == "ids", role)
 
 
@@ -102,7 +104,9 @@ def read_role(parameters: Mapping[str, Any]) -> str | None:
     return role
 
 
-def _prompt(parameters: Mapping[str, Any], checkpoint: Checkpoint, of_role: str | None) -> str:
+def _prompt(
+    parameters: Mapping[str, Any], prompts: Mapping[str, str], of_role: str | None, default_name: str | None
+) -> str:
     literal = parameters.get(RequestParameter.PROMPT)
     if literal is not None:
         if not isinstance(literal, str):
@@ -111,25 +115,33 @@ def _prompt(parameters: Mapping[str, Any], checkpoint: Checkpoint, of_role: str 
     name = parameters.get(RequestParameter.PROMPT_NAME)
     if name is None and of_role is not None:
         return of_role
-    name = name or checkpoint.default_prompt_name
+    name = name or default_name
     if name is None:
         return ""
-    if name not in checkpoint.prompts:
-        known = ", ".join(repr(p) for p in checkpoint.prompts) or "none"
+    if name not in prompts:
+        known = ", ".join(repr(p) for p in prompts) or "none"
         raise RequestError(
             ErrorCode.UNKNOWN_PROMPT,
             f"prompt_name is {name!r}, which this model does not have; its prompts: {known}. "
             "A prompt of your own goes into the parameter prompt",
         )
-    return checkpoint.prompts[name]
+    return prompts[name]
 
 
 class TextTokenizer:
     """The tokenizer of one checkpoint. Safe to use from one thread at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, max_length: int, late: LateInteraction | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        max_length: int,
+        late: LateInteraction | None = None,
+        most_tokens: int | None = None,
+    ) -> None:
+        """`max_length` bounds a text, and `most_tokens` one whose role has a length of its own."""
         self.checkpoint = checkpoint
         self.max_length = max_length
+        self.most_tokens = max_length if most_tokens is None else most_tokens
         self.late = late
         self.tokenizer = load_tokenizer(checkpoint)
         if late is not None:
@@ -154,7 +166,7 @@ class TextTokenizer:
         own = self.late.lengths.get(role, self.max_length)
         if role == "query" and self.expansion is not None:
             own = self.expansion.length if self.expansion.is_fixed else max(own, self.expansion.length)
-        return min(own, self.max_length)
+        return min(own, self.most_tokens)
 
     def _room(self, role: str | None) -> int:
         return self.limit(role) - len(self.prefix) - len(self.suffix)
@@ -207,21 +219,23 @@ class TextTokenizer:
         return rows
 
     def _from_ids(self, index: int, item: bytes, settings: TokenizerSettings) -> Tokens:
-        ids = self._without_special_tokens(self._read_ids(index, item))
+        ids = self._without_special_tokens(self._read_ids(index, item, self.vocab_size))
         prompt = np.array(self._prompt_ids(settings.prompt), np.int32)
-        return self._wrap(index, np.concatenate([prompt, ids]), 0, settings)
+        # Ids that come from here hold a late interaction model's mark already.
+        has_mark = self.late is not None and ids[: len(prompt)].tolist() == prompt.tolist()
+        return self._wrap(index, ids if has_mark else np.concatenate([prompt, ids]), 0, settings)
 
-    def _read_ids(self, index: int, item: bytes) -> TokenIds:
+    def _read_ids(self, index: int, item: bytes, vocab_size: int) -> TokenIds:
         if len(item) % TOKEN_DTYPE.itemsize:
             raise RequestError(
                 ErrorCode.INVALID_INPUT, f"token ids take 4 bytes each; there are {len(item)} bytes", index
             )
         ids = np.frombuffer(item, TOKEN_DTYPE).astype(np.int32)
-        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
         if outside.size:
             raise RequestError(
                 ErrorCode.INVALID_TOKEN_ID,
-                f"token id {outside[0]} is not in this model's vocabulary of {self.vocab_size} tokens; "
+                f"token id {outside[0]} is not in this model's vocabulary of {vocab_size} tokens; "
                 "ids of another model's tokenizer cannot be used here, send the text instead",
                 index,
             )
@@ -232,7 +246,9 @@ class TextTokenizer:
     ) -> list[Description]:
         """The tokens of texts, or of ids, without any limit of the model. Raises RequestError."""
         if settings.has_ids:
-            rows = [self._read_ids(i, item).tolist() for i, item in enumerate(items)]
+            # A model may have more ids than its tokenizer has tokens: its sparse vectors name those, too.
+            size = max(self.vocab_size, int(self.checkpoint.config.get("vocab_size") or 0))
+            rows = [self._read_ids(i, item, size).tolist() for i, item in enumerate(items)]
             return [Description(ids, [self._piece(i) for i in ids], [(0, 0)] * len(ids), []) for ids in rows]
         texts = [settings.prompt + _decode(i, item) for i, item in enumerate(items)]
         for i, text in enumerate(texts):
@@ -263,11 +279,13 @@ class TextTokenizer:
 
     def decode(self, items: Sequence[bytes], *, skip_special_tokens: bool) -> list[str]:
         """Lists of token ids -> text. Raises RequestError."""
-        rows = [self._read_ids(i, item).tolist() for i, item in enumerate(items)]
+        rows = [self._read_ids(i, item, self.vocab_size).tolist() for i, item in enumerate(items)]
         return self.tokenizer.decode_batch(rows, skip_special_tokens=skip_special_tokens)
 
     def _piece(self, token: int) -> str:
-        """What one id alone decodes to."""
+        """What one id alone decodes to; the number itself for one that the tokenizer does not know."""
+        if self.tokenizer.id_to_token(token) is None:
+            return str(token)
         return self.tokenizer.decode([token], skip_special_tokens=False)
 
     def _without_special_tokens(self, ids: TokenIds) -> TokenIds:
@@ -303,7 +321,7 @@ class TextTokenizer:
         prompt_length = min(len(self.prefix) + len(prompt), len(whole)) if prompt else 0
         if self.expansion is None or settings.role != "query":
             return Tokens(whole, prompt_length, is_over)
-        added = max(0, min(self.expansion.length, self.max_length) - len(whole))
+        added = max(0, min(self.expansion.length, self.most_tokens) - len(whole))
         expanded = np.concatenate([whole, np.full(added, self.expansion_id, np.int32)])
         return Tokens(expanded, prompt_length, is_over, 0 if self.expansion.attends else added)
 

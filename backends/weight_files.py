@@ -28,6 +28,8 @@ def check_weights(folder: Path) -> None:
     files = {found}
     if found.name.endswith(".index.json"):
         shards = set((read_json(found).get("weight_map") or {}).values())
+        if any(Path(str(name)).name != name for name in shards):
+            raise CheckpointError(f"{found} names a file outside its folder")
         files = {folder / str(name) for name in shards}
         missing = sorted(file.name for file in files if not file.is_file())
         if missing or not files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,8 +38,10 @@ def _read(file: Path, wanted: set[str] | None) -> dict[str, torch.Tensor]:
         with safetensors.safe_open(file, framework="pt") as tensors:
             names = tensors.keys() if wanted is None else wanted & set(tensors.keys())
             return {name: tensors.get_tensor(name) for name in names}
-    # A pickle: weights_only keeps it from running code.
-    content: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    # A pickle: weights_only keeps it from running code. Those of torch before 1.6 are no zip files.
+    content: dict[str, torch.Tensor] = torch.load(
+        file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+    )
     return {name: value for name, value in content.items() if wanted is None or name in wanted}
 
 

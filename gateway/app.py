@@ -8,6 +8,7 @@ import gc
 import importlib.metadata
 import logging
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
@@ -48,7 +49,9 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         )
         catalog = Catalog(own)
         readiness = Readiness(own, catalog, settings.canary_interval_s, settings.patience_s)
-        app.state.services = Services(settings, own, catalog, readiness, Vocabulary(own))
+        # One thread: a request with much to compare must not take the processor from all others.
+        calculator = ThreadPoolExecutor(1, "calculator")
+        app.state.services = Services(settings, own, catalog, readiness, Vocabulary(own), calculator)
         watch = asyncio.create_task(readiness.watch())
         # What lives by now lives for ever: without it, collections of old objects double the 99th percentile.
         gc.freeze()
@@ -56,6 +59,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watch
+        calculator.shutdown(wait=False, cancel_futures=True)
         await own.close()
 
     # FastAPI's own /docs is blank on a machine without the internet: it takes its scripts from a CDN.

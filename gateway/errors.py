@@ -103,7 +103,8 @@ class RefusedItem(BadRequest):
     def explain(self, field: str) -> str:
         """The message with the item's place in the list `field`, and with what a client can do about it."""
         where = f"{self.field or field}[{self.item}]: " if self.item is not None else ""
-        advice = ADVICE.get(self.reason)
+        # Who sends ids to have them read knows what they are.
+        advice = ADVICE.get(self.reason) if self.field != "ids" else None
         return f"{where}{self.message}" + (f". {advice}" if advice else "")
 
     def blame(self, field: str) -> str:

@@ -22,6 +22,8 @@ from tritonclient.utils import InferenceServerException
 
 from backends.contract import (
     COUNT_OF,
+    SPARSE_INDICES,
+    SPARSE_WEIGHTS,
     TEXT,
     TOKEN_EMBEDDINGS,
     TOKEN_VECTORS,
@@ -48,6 +50,8 @@ _CHANNEL_OPTIONS = [
 ]
 _LARGE = frozenset({TOKEN_VECTORS, TOKEN_EMBEDDINGS})
 _LARGE_PARTS = 4
+# A sparse weight becomes an object of 40 characters, four times what it takes of a dense vector.
+_JSON_WEIGHT = {SPARSE_INDICES: 4, SPARSE_WEIGHTS: 4}
 # A stub that died is noticed by nobody but the request that meets it; the model cannot answer until it is
 # loaded anew.
 _DEAD_STUB = re.compile(r"Stub process .* is not healthy")
@@ -164,7 +168,7 @@ class GrpcInference:
                     raise _too_large(self._max_answer_bytes)
                 own = [items[i] for i in part]
                 answer = await self._infer_part(pipeline, model, own, asked, parameters)
-                size += sum(array.nbytes for array in answer.values())
+                size += sum(array.nbytes * _JSON_WEIGHT.get(name, 1) for name, array in answer.items())
                 if size > self._max_answer_bytes:
                     raise _too_large(self._max_answer_bytes)
                 return answer

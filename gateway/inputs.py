@@ -33,6 +33,8 @@ _SCHEMA = {
 }
 Inputs = Annotated[Any, WithJsonSchema(_SCHEMA)]
 
+# What the server's request parameters hold for sure, and more than anybody means.
+_MAX_INT = 2**31 - 1
 _ROLES = {
     "query": "query",
     "search_query": "query",
@@ -61,10 +63,10 @@ class TextFields(BaseModel):
     truncation_side: Literal["left", "right"] | None = Field(None, description="Which side is cut off.")
     normalize: StrictBool | None = Field(None, description="Unit length or not, whatever the model says.")
     dimensions: StrictInt | None = Field(
-        None, ge=1, description="Keep this many components of dense embeddings, and unit length."
+        None, ge=1, le=_MAX_INT, description="Keep this many components of dense embeddings, and unit length."
     )
     top_k: StrictInt | None = Field(
-        None, ge=1, description="Keep this many of the largest sparse weights of each text."
+        None, ge=1, le=_MAX_INT, description="Keep this many of the largest sparse weights of each text."
     )
 
 

@@ -23,8 +23,12 @@ class Settings(BaseSettings):
     """Inputs of one request; OpenAI's own limit."""
     max_token_ids: int = Field(1_000_000, ge=1)
     """Token ids of one request, in all its items."""
-    max_answer_bytes: int = Field(512 * 2**20, ge=1)
+    max_answer_bytes: int = Field(256 * 2**20, ge=1)
     """Numbers of one answer, before they are written as JSON: vectors of every token add up."""
+    max_tokenize_bytes: int = Field(256 * 2**10, ge=1)
+    """Text of one request to /tokenize, whose answer is a hundred times larger."""
+    max_products: int = Field(10**11, ge=1)
+    """Multiplications of one request for similarities: seconds of a processor."""
     request_timeout_s: float = Field(300.0, gt=0)
     """After this long without an answer from the server a request fails with 504."""
     canary_interval_s: float = Field(5.0, gt=0)

@@ -69,6 +69,20 @@ def colbert_scores(left: Sequence[Array], right: Sequence[Array]) -> Array:
     return scores
 
 
+def count_products(left: Representations, right: Representations) -> int:
+    """Multiplications that the scores take, nearly."""
+    count = 0
+    if left.dense is not None and right.dense is not None:
+        count += len(left.dense) * len(right.dense) * left.dense.shape[1]
+    if left.colbert and right.colbert:
+        size = left.colbert[0].shape[1]
+        count += sum(map(len, left.colbert)) * sum(map(len, right.colbert)) * size
+    if left.sparse and right.sparse:
+        # A token of the left meets at most every text of the right.
+        count += sum(len(vector.indices) for vector in left.sparse) * len(right.sparse)
+    return count
+
+
 def mixed_scores(left: Representations, right: Representations, weights: Mapping[str, float]) -> Array:
     """The weighted mean of the kinds that have a weight, [a, b]: dense, sparse, colbert."""
     total = sum(weights.values())

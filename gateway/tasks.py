@@ -126,31 +126,38 @@ async def represent(
     )
 
 
+@dataclass(frozen=True)
+class Side:
+    """One of the two lists of a comparison."""
+
+    items: Items
+    field: str
+    """What the client calls it."""
+
+
 async def represent_sides(
     inference: Inference,
     pipeline: Pipeline,
-    left: Items,
-    right: Items,
+    left: Side,
+    right: Side,
     tasks: Collection[Task],
     options: TextOptions,
 ) -> tuple[Representations, Representations]:
-    """Both sides of a comparison, in one batch; queries and documents of a model that tells them apart at
-    once.
+    """Both sides of a comparison, in one batch.
 
-    Raises GatewayError.
+    Of a model that tells queries from documents, the left side are queries. Raises GatewayError.
     """
     if pipeline.has_roles:
-        sides = ((left, "query", "left"), (right, "document", "right"))
         both = await asyncio.gather(
             *(
-                _represent_side(inference, pipeline, items, tasks, replace(options, role=role), field)
-                for items, role, field in sides
+                _represent_side(inference, pipeline, side, tasks, replace(options, role=role))
+                for side, role in ((left, "query"), (right, "document"))
             )
         )
         return both[0], both[1]
-    joined = Items([*left.elements, *right.elements], left.has_ids)
-    count = len(left.elements)
-    with _placing_sides(count):
+    joined = Items([*left.items.elements, *right.items.elements], left.items.has_ids)
+    count = len(left.items.elements)
+    with _naming_fields((left.field, count), (right.field, len(right.items.elements))):
         whole = await represent(inference, pipeline, joined, tasks, options)
     return whole.part(0, count), whole.part(count, len(joined.elements))
 
@@ -158,29 +165,28 @@ async def represent_sides(
 async def _represent_side(
     inference: Inference,
     pipeline: Pipeline,
-    items: Items,
+    side: Side,
     tasks: Collection[Task],
     options: TextOptions,
-    field: str,
 ) -> Representations:
-    with _placing_sides(len(items.elements) if field == "left" else 0):
-        return await represent(inference, pipeline, items, tasks, options)
+    with _naming_fields((side.field, len(side.items.elements))):
+        return await represent(inference, pipeline, side.items, tasks, options)
 
 
 @contextmanager
-def _placing_sides(left_count: int) -> Iterator[None]:
-    """Says of a refused item on which side it is: the first `left_count` items of a joined list are
-    the left.
-    """
+def _naming_fields(*fields: tuple[str, int]) -> Iterator[None]:
+    """Says of a refused item in which of the client's lists it is, given those lists' lengths end to end."""
     try:
         yield
     except RefusedItem as error:
         if error.item is None:
             raise
-        is_left = error.item < left_count
-        item = error.item if is_left else error.item - left_count
-        field = "left" if is_left else "right"
-        raise RefusedItem(error.message, item=item, reason=error.reason, field=field) from error
+        item = error.item
+        for field, length in fields:
+            if item < length:
+                raise RefusedItem(error.message, item=item, reason=error.reason, field=field) from error
+            item -= length
+        raise
 
 
 @dataclass(frozen=True)
@@ -223,9 +229,10 @@ async def decode(
         **_parameters(items, TextOptions()),
         RequestParameter.SKIP_SPECIAL_TOKENS: skip_special_tokens,
     }
-    rows: dict[str, Any] = await inference.infer(
-        pipeline, items.elements, (DECODED,), parameters, stage="tokenizer"
-    )
+    with _naming_fields(("ids", len(items.elements))):
+        rows: dict[str, Any] = await inference.infer(
+            pipeline, items.elements, (DECODED,), parameters, stage="tokenizer"
+        )
     return [row[0].decode() for row in rows[DECODED]]
 
 

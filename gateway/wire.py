@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from gateway.errors import BadRequest, BodyTooLarge
 
+Item = TypeVar("Item")
 Body = TypeVar("Body", bound=BaseModel)
 
 # A body over the limit is still read to its end, and thrown away, up to so many times the limit: a client
@@ -95,6 +96,20 @@ async def matrix(values: npt.NDArray[Any]) -> Any:
         pieces.append(piece[1:-1])
         await asyncio.sleep(0)
     return orjson.Fragment(b"[" + b",".join(pieces) + b"]")
+
+
+async def in_turns(items: Iterable[Item], write: Callable[[Item], Any], each: int = 64) -> list[Any]:
+    """write(item) of every item as JSON will have it; between some of them other requests get their turn.
+
+    What is written at once is small; the whole of it would be a long time of Python, and a mountain of
+    objects.
+    """
+    written = []
+    for i, item in enumerate(items, 1):
+        written.append(orjson.Fragment(orjson.dumps(write(item))))
+        if i % each == 0:
+            await asyncio.sleep(0)
+    return written
 
 
 def respond(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -120,10 +120,9 @@ def _blocks(
         end = max(min(key_length, last if causal else last + window - 1), begin + 1)
         distance = torch.arange(first, last, device=device)[:, None] - torch.arange(begin, end, device=device)
         allowed = distance.abs() < window
-        if causal:
-            allowed &= distance >= 0
-        # A token that only looks may lie further than a window behind the last key: it looks at all there is.
-        yield first, last, slice(begin, end), allowed | ~allowed.any(-1, keepdim=True)
+        # A token that only looks may lie further than a window behind the last key. It then gets nothing,
+        # zeros, as from torch's own function.
+        yield first, last, slice(begin, end), allowed & (distance >= 0) if causal else allowed
 
 
 def _softcap_attention(

@@ -4,8 +4,8 @@
     scripts/serve /tmp/random-m3 &
     .venv-test/bin/python perf/hybrid.py
 
-The checkpoint is in BGE-M3's layout with random weights (6 layers of 384), which is as fast as a trained one. Rounds
-take turns, so that a noisy machine is noisy to all of them. Rows go to perf/results/hybrid.csv.
+The checkpoint is in BGE-M3's layout with random weights (6 layers of 384), which is as fast as a trained one.
+Rounds take turns, so that a noisy machine is noisy to all of them. Rows go to perf/results/hybrid.csv.
 """
 
 import argparse
@@ -85,13 +85,20 @@ def write(rates: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", default="http://localhost:30000")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--make", type=Path, help="write the checkpoint there, and stop")
     arguments = parser.parse_args()
     if arguments.make:
-        sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+        sizes = {
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 1536,
+        }
         bge_m3(arguments.make, 8192, **sizes)
     else:
         asyncio.run(measure(arguments.url, arguments.rounds))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from backends.checkpoint import NO_LIMIT
 from backends.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -51,10 +52,13 @@ class Family:
 
     def max_length(self, checkpoint: Checkpoint) -> int:
         """Tokens of one text that the checkpoint's limit and its positions allow."""
-        positions = checkpoint.positions
-        if positions is None:
-            return checkpoint.max_length
-        return min(checkpoint.max_length, positions - self.position_offset(checkpoint.config))
+        return min(checkpoint.max_length, self.most_tokens(checkpoint))
+
+    def most_tokens(self, checkpoint: Checkpoint) -> int:
+        """Tokens of one text that the positions allow."""
+        if checkpoint.positions is None:
+            return NO_LIMIT
+        return checkpoint.positions - self.position_offset(checkpoint.config)
 
     def load(
         self,
@@ -62,8 +66,6 @@ class Family:
         attention: str | None,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        trust_remote_code: bool,
     ) -> torch.nn.Module:
         """The encoder without any head, in evaluation mode, with the attention function of that name.
 
@@ -83,7 +85,8 @@ class Family:
             attn_implementation=attention,
             dtype=dtype,
             local_files_only=True,
-            trust_remote_code=trust_remote_code,
+            # Every family is one of transformers' own classes, whatever code a checkpoint brings.
+            trust_remote_code=False,
             output_loading_info=True,
             **({} if config is None else {"config": config}),
             **self.load_arguments,

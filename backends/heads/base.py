@@ -16,13 +16,10 @@ if TYPE_CHECKING:
 BGE_M3 = "bge_m3"
 """The word of the option `task` for all three heads of BGE-M3."""
 
-# Parts of config.json's architecture, or values of model_type in config_sentence_transformers.json.
-_OTHER_TASKS = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-    "CrossEncoder",
-)
+# Architectures of config.json, which modules.json overrules, and a model_type of
+# config_sentence_transformers.json.
+_OTHER_ARCHITECTURES = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+_OTHER_MODEL_TYPES = ("CrossEncoder",)
 
 
 class Head(Protocol):
@@ -69,6 +66,6 @@ class HeadSpec:
 
 def is_for_another_task(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint says that it was made for something that no head here is for."""
-    return any(
-        mark in checkpoint.architecture or mark == checkpoint.sentence_model_type for mark in _OTHER_TASKS
-    )
+    if checkpoint.sentence_model_type in _OTHER_MODEL_TYPES:
+        return True
+    return not checkpoint.has_modules and checkpoint.architecture.endswith(_OTHER_ARCHITECTURES)

@@ -68,7 +68,10 @@ def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def pools_without_prompt(checkpoint: Checkpoint) -> bool:
     """Whether the tokens of the prompt are left out of the pooling."""
-    return any(m.kind == "Pooling" and m.config.get("include_prompt") is False for m in checkpoint.modules)
+    return any(
+        m.kind == "Pooling" and m.code is None and m.config.get("include_prompt") is False
+        for m in checkpoint.modules
+    )
 
 
 def has_own_code(checkpoint: Checkpoint) -> bool:
@@ -184,7 +187,7 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> D
     from backends.sentence_modules import Pooling, load_link
 
     modules = checkpoint.modules
-    normalizes = len(modules) > 1 and modules[-1].kind == "Normalize"
+    normalizes = len(modules) > 1 and modules[-1].kind == "Normalize" and modules[-1].code is None
     if has_own_code(checkpoint):
         from backends.own_code import OwnChain
 
@@ -205,9 +208,13 @@ def _reason(checkpoint: Checkpoint) -> str | None:
     """Everything but what says that it was made for another task."""
     if is_for_another_task(checkpoint):
         return None
-    if checkpoint.sentence_model_type in _UNPOOLED or checkpoint.architecture in _UNPOOLED:
+    if checkpoint.sentence_model_type in _UNPOOLED:
+        return None
+    if not checkpoint.has_modules and checkpoint.architecture in _UNPOOLED:
         return None
     first = checkpoint.modules[0] if checkpoint.modules else None
+    if first is not None and first.code is not None:
+        return "its tokens are pooled (own code)"
     if first is not None and first.kind == "SpladePooling":
         return None
     how = (
@@ -218,7 +225,7 @@ def _reason(checkpoint: Checkpoint) -> str | None:
 
 def _facts(checkpoint: Checkpoint) -> dict[str, str]:
     size = dimensions(checkpoint)
-    pooling = next((m for m in checkpoint.modules if m.kind == "Pooling"), None)
+    pooling = next((m for m in checkpoint.modules if m.kind == "Pooling" and m.code is None), None)
     facts: dict[str, str] = {}
     if pooling is not None:
         facts[PipelineParameter.POOLING] = ",".join(pooling_modes(pooling.config))

@@ -172,7 +172,7 @@ def _splade_settings(checkpoint: Checkpoint) -> tuple[str, str]:
                 f"{', '.join(known)}"
             )
     others = [m.kind for m in checkpoint.modules if m is not module]
-    if module is not None and others:
+    if checkpoint.has_modules and others:
         raise CheckpointError(
             f"{checkpoint.path}/modules.json: {others[0]} beside SpladePooling is not served"
         )
@@ -224,8 +224,10 @@ def _reason(checkpoint: Checkpoint) -> str | None:
         return "it has sparse_linear.pt (BGE-M3)"
     if is_for_another_task(checkpoint):
         return None
-    if _pooling(checkpoint) is not None or checkpoint.sentence_model_type == "SparseEncoder":
+    if _pooling(checkpoint) is not None:
         return "modules.json has a SpladePooling (SPLADE)"
+    if checkpoint.sentence_model_type == "SparseEncoder":
+        return "config_sentence_transformers.json says SparseEncoder"
     return None
 
 

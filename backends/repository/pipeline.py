@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from backends.checkpoint import Checkpoint
+from backends.checkpoint import NO_LIMIT, Checkpoint
 from backends.contract import (
     ACCOUNT_OUTPUTS,
     DECODED,
@@ -61,8 +61,8 @@ def build_pipeline(
     for head in heads:
         check_trust(checkpoint, HEADS[head].task, options)
     stages = (
-        _tokenizer(reference, options),
-        _encoder(reference, checkpoint, options),
+        _tokenizer(reference, options, heads),
+        _encoder(reference, checkpoint, options, heads),
         *(_head(head, reference, checkpoint, options) for head in heads),
     )
     outputs = tuple(output for head in heads for output in HEADS[head].outputs(checkpoint))
@@ -156,7 +156,7 @@ def _describe(
         PipelineParameter.FAMILY: family.name,
         PipelineParameter.CHECKPOINT: reference,
         PipelineParameter.SERVED_MODEL_NAME: options.served_model_name or name,
-        PipelineParameter.MAX_LENGTH: str(family.max_length(checkpoint)),
+        PipelineParameter.MAX_LENGTH: str(_max_length(checkpoint, options, family, heads)),
         PipelineParameter.MAX_BATCH_TOKENS: str(options.max_batch_tokens),
         PipelineParameter.DTYPE: options.dtype,
         PipelineParameter.TRUNCATION: options.truncation,
@@ -166,7 +166,7 @@ def _describe(
     return described
 
 
-def _tokenizer(reference: str, options: ServingOptions) -> StageSpec:
+def _tokenizer(reference: str, options: ServingOptions, heads: tuple[str, ...]) -> StageSpec:
     return StageSpec(
         stage="tokenizer",
         stage_class="backends.stages.tokenizer.TokenizerStage",
@@ -184,19 +184,21 @@ def _tokenizer(reference: str, options: ServingOptions) -> StageSpec:
             TensorSpec(IS_SPECIAL, "BOOL", (-1,)),
             TensorSpec(DECODED, "STRING", (1,)),
         ),
-        parameters={"checkpoint": reference, **options.to_parameters()},
+        parameters={"checkpoint": reference, "heads": ",".join(heads), **options.to_parameters()},
     )
 
 
-def _encoder(reference: str, checkpoint: Checkpoint, options: ServingOptions) -> StageSpec:
-    late = late_interaction_of(checkpoint)
+def _encoder(
+    reference: str, checkpoint: Checkpoint, options: ServingOptions, heads: tuple[str, ...]
+) -> StageSpec:
+    late = late_interaction_of(checkpoint) if "colbert" in heads else None
     keys = (_ROWS[KEY_LENGTH],) if late is not None and late.has_blind_tokens else ()
     return StageSpec(
         stage="encoder",
         stage_class="backends.stages.encoder.EncoderStage",
         inputs=(_ROWS[INPUT_IDS], _ROWS[LENGTH], *keys),
         outputs=(_hidden(checkpoint, options),),
-        parameters={"checkpoint": reference, **options.to_parameters()},
+        parameters={"checkpoint": reference, "heads": ",".join(heads), **options.to_parameters()},
         device=options.device,
         instances=options.instances,
     )
@@ -214,6 +216,16 @@ def _head(head: str, reference: str, checkpoint: Checkpoint, options: ServingOpt
         parameters={"checkpoint": reference, "head": head, **options.to_parameters()},
         device=options.device,
     )
+
+
+def _max_length(
+    checkpoint: Checkpoint, options: ServingOptions, family: Family, heads: tuple[str, ...]
+) -> int:
+    """Tokens of a text, or of a document where queries are shorter."""
+    late = late_interaction_of(checkpoint) if "colbert" in heads else None
+    own = family.max_length(checkpoint)
+    most = min(family.most_tokens(checkpoint), options.max_length or NO_LIMIT)
+    return own if late is None else min(late.lengths.get("document", own), most)
 
 
 def _hidden(checkpoint: Checkpoint, options: ServingOptions) -> TensorSpec:

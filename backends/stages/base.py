@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 Output = "npt.NDArray[Any] | torch.Tensor"
 CHECKPOINT = "checkpoint"
 """The entry's parameter that holds the checkpoint's reference."""
+HEADS = "heads"
+"""The entry's parameter that names the pipeline's heads."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class StageContext:
     parameters: Mapping[str, str]
     device: str
     """cpu, or cuda:N as the server placed this instance."""
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """The heads of the pipeline that the entry belongs to."""
+        return frozenset(self.parameters.get(HEADS, "").split(","))
 
 
 class StageRequest:

@@ -39,13 +39,11 @@ class EncoderStage(Stage):
         self.device = place(context.device)
         dtype = compute_dtype(options.dtype, self.device)
         family = family_of(context.checkpoint, options.model_type)
-        late = late_interaction_of(context.checkpoint)
+        late = late_interaction_of(context.checkpoint) if "colbert" in context.heads else None
         self.has_key_length = late is not None and late.has_blind_tokens
 
         def load(attention: str | None) -> torch.nn.Module:
-            return family.load(
-                context.checkpoint, attention, dtype, self.device, trust_remote_code=options.trust_remote_code
-            )
+            return family.load(context.checkpoint, attention, dtype, self.device)
 
         self.max_batch_tokens = options.max_batch_tokens
         self.wire_dtype = TORCH_DTYPES[WIRE_DTYPES[options.dtype]]

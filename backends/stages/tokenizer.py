@@ -7,10 +7,12 @@ the text, and the text of token ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from backends.checkpoint import NO_LIMIT
 from backends.contract import (
     DECODED,
     INPUT_IDS,
@@ -32,6 +34,7 @@ from backends.late_interaction import late_interaction_of
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 from backends.tokenization import TextTokenizer, TokenizerSettings
 
+_PROMPTING = frozenset({RequestParameter.PROMPT, RequestParameter.PROMPT_NAME, RequestParameter.ROLE})
 _DESCRIPTION = frozenset({TOKEN_TEXTS, TOKEN_SPANS, IS_SPECIAL})
 
 
@@ -39,9 +42,11 @@ class TokenizerStage(Stage):
     """Tokenises each request on its own, as its parameters say."""
 
     def setup(self, context: StageContext) -> None:
-        family = family_of(context.checkpoint, context.options.model_type)
-        self.late = late_interaction_of(context.checkpoint)
-        self.tokenizer = TextTokenizer(context.checkpoint, family.max_length(context.checkpoint), self.late)
+        checkpoint = context.checkpoint
+        family = family_of(checkpoint, context.options.model_type)
+        self.late = late_interaction_of(checkpoint) if "colbert" in context.heads else None
+        most_tokens = min(family.most_tokens(checkpoint), context.options.max_length or NO_LIMIT)
+        self.tokenizer = TextTokenizer(checkpoint, family.max_length(checkpoint), self.late, most_tokens)
         self.truncation = context.options.truncation
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
@@ -80,6 +85,9 @@ class TokenizerStage(Stage):
         }
 
     def _describe(self, items: list[bytes], settings: TokenizerSettings, request: StageRequest) -> Answer:
+        # A prompt that nobody asked for would be taken for the text's own tokens.
+        if not _PROMPTING.intersection(request.parameters):
+            settings = replace(settings, prompt="")
         is_added = _read_flag(request.parameters, RequestParameter.ADD_SPECIAL_TOKENS)
         rows = self.tokenizer.describe(items, settings, add_special_tokens=is_added)
         texts = [piece.encode() for row in rows for piece in row.texts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ class Services:
     catalog: Catalog
     readiness: Readiness
     vocabulary: Vocabulary
+    calculator: Executor
+    """Runs what would hold up the event loop."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from gateway.answers import KIND_TASKS, embedding_items, kinds_to_tasks, usage
 from gateway.endpoints.dialect import Dialect, describe, services
-from gateway.errors import GatewayError, RefusedItem
+from gateway.errors import GatewayError, RefusedItem, WrongTask
 from gateway.inputs import Inputs, TextFields, read_items, text_options
 from gateway.tasks import represent
 from gateway.wire import read, respond
@@ -64,6 +64,13 @@ async def create_hybrid_embeddings(request: Request) -> Response:
     tasks = kinds_to_tasks(body.outputs or ())
     pipeline = await own.catalog.find(body.model, *tasks)
     tasks = tasks or [task for task in KIND_TASKS.values() if task in pipeline.tasks]
+    if not tasks:
+        raise WrongTask(
+            f"the model {pipeline.served_model_name} serves {', '.join(sorted(pipeline.tasks))}, and none of "
+            f"{', '.join(KIND_TASKS)}",
+            param="model",
+            code="wrong_task",
+        )
     made = await represent(own.inference, pipeline, items, tasks, text_options(body, pipeline))
     is_base64 = body.encoding_format == "base64"
     return respond(

@@ -9,6 +9,7 @@ frontend/frontend_app.py.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -19,12 +20,20 @@ from pydantic import BaseModel, Field, StrictBool
 from backends.contract import ErrorCode, Task
 from gateway.answers import KIND_TASKS, kinds_to_tasks, mark_truncated, usage
 from gateway.endpoints.dialect import Dialect, Services, describe, services
-from gateway.errors import BadRequest, GatewayError, RefusedItem, ServerFault, TimedOut, Unavailable
+from gateway.errors import (
+    AnswerTooLarge,
+    BadRequest,
+    GatewayError,
+    RefusedItem,
+    ServerFault,
+    TimedOut,
+    Unavailable,
+)
 from gateway.inference import Pipeline
 from gateway.inputs import Inputs, TextFields, read_items, text_options
-from gateway.similarity import mixed_scores
-from gateway.tasks import Representations, represent, represent_sides
-from gateway.wire import matrix, read, respond, to_base64
+from gateway.similarity import count_products, mixed_scores
+from gateway.tasks import Representations, Side, SparseVector, represent, represent_sides
+from gateway.wire import in_turns, matrix, read, respond, to_base64
 
 router = APIRouter()
 
@@ -138,7 +147,7 @@ async def compare(request: Request) -> Response:
     right = read_items(body.right, own.settings, "right")
     if left.has_ids != right.has_ids:
         raise BadRequest("one of left and right holds texts and the other token ids; send both alike")
-    asked = body.type or (body.embedding_config.type if body.embedding_config else None)
+    asked = _type(body)
     weights: dict[str, float] = {}
     if asked is not None:
         weights = _weights(body) if asked == "hybrid" else {asked: 1.0}
@@ -147,8 +156,24 @@ async def compare(request: Request) -> Response:
         pipeline = pipeline if _kinds(pipeline) else await own.catalog.find(body.model, Task.EMBED)
         weights = {_kinds(pipeline)[0]: 1.0}
     tasks = kinds_to_tasks(weights)
-    sides = await represent_sides(own.inference, pipeline, left, right, tasks, text_options(body, pipeline))
-    scores = await asyncio.to_thread(mixed_scores, *sides, weights)
+    sides = await represent_sides(
+        own.inference,
+        pipeline,
+        Side(left, "left"),
+        Side(right, "right"),
+        tasks,
+        text_options(body, pipeline),
+    )
+    products = count_products(*sides)
+    if products > own.settings.max_products:
+        raise AnswerTooLarge(
+            f"the scores take {products:.1e} multiplications, and one request may take "
+            f"{own.settings.max_products:.1e}; send fewer or shorter texts at a time (the operator "
+            "can raise the "
+            "limit with GATEWAY_MAX_PRODUCTS)"
+        )
+    loop = asyncio.get_running_loop()
+    scores = await loop.run_in_executor(own.calculator, mixed_scores, *sides, weights)
     model = body.model or pipeline.served_model_name
     answer: dict[str, Any] = {
         "model": model,
@@ -165,6 +190,20 @@ async def compare(request: Request) -> Response:
 
 def _kinds(pipeline: Pipeline) -> list[str]:
     return [kind for kind, task in KIND_TASKS.items() if task in pipeline.tasks]
+
+
+def _type(body: SimilarityRequest) -> str | None:
+    """What a request says in either of the two places; weights alone ask for a hybrid. Raises BadRequest."""
+    configured = body.embedding_config.type if body.embedding_config else None
+    if body.type and configured and body.type != configured:
+        raise BadRequest(
+            f"type is {body.type!r}, and embedding_config.type is {configured!r}; give one of them",
+            param="type",
+        )
+    asked = body.type or configured
+    if body.weights is not None and asked not in (None, "hybrid"):
+        raise BadRequest(f"weights are for the type hybrid, and type is {asked!r}", param="weights")
+    return "hybrid" if body.weights is not None else asked
 
 
 def _weights(body: SimilarityRequest) -> dict[str, float]:
@@ -235,20 +274,25 @@ async def _response(
 
 async def _sparse_maps(
     own: Services, pipeline: Pipeline, made: Representations, *, is_decoded: bool
-) -> list[dict[str, float]]:
+) -> list[Any]:
     vectors = made.sparse or []
-    rows = [(vector.indices.tolist(), vector.weights.tolist()) for vector in vectors]
     if not is_decoded:
-        return [{str(token): weight for token, weight in zip(*row, strict=True)} for row in rows]
-    texts = await own.vocabulary.texts(pipeline, [token for indices, _ in rows for token in indices])
-    maps: list[dict[str, float]] = []
-    for row in rows:
+        return await in_turns(vectors, lambda vector: dict(zip(*_pairs(vector, str), strict=True)))
+    ids = np.unique(np.concatenate([vector.indices for vector in vectors]))
+    texts = await own.vocabulary.texts(pipeline, ids.tolist())
+
+    def read(vector: SparseVector) -> dict[str, float]:
         weights: dict[str, float] = {}
-        for token, weight in zip(*row, strict=True):
+        for text, weight in zip(*_pairs(vector, texts.__getitem__), strict=True):
             # Two ids may read the same, with and without a blank before: the larger weight stays.
-            weights[texts[token]] = max(weight, weights.get(texts[token], 0.0))
-        maps.append(weights)
-    return maps
+            weights[text] = max(weight, weights.get(text, 0.0))
+        return weights
+
+    return await in_turns(vectors, read)
+
+
+def _pairs(vector: SparseVector, name: Callable[[int], str]) -> tuple[list[str], list[float]]:
+    return [name(token) for token in vector.indices.tolist()], vector.weights.tolist()
 
 
 def _respond(answer: dict[str, Any], used: dict[str, int]) -> Response:

@@ -28,10 +28,20 @@ from gateway.errors import (
     UnknownModel,
     WrongTask,
 )
+from gateway.inference import Pipeline
 from gateway.inputs import Inputs, TextFields, read_items, text_options
 from gateway.similarity import cosine_scores
-from gateway.tasks import Representations, Token, decode, represent, represent_sides, tokenize
-from gateway.wire import check, matrix, parse, read, read_bytes, respond
+from gateway.tasks import (
+    Representations,
+    Side,
+    SparseVector,
+    Token,
+    decode,
+    represent,
+    represent_sides,
+    tokenize,
+)
+from gateway.wire import check, in_turns, matrix, parse, read, read_bytes, respond
 
 router = APIRouter()
 
@@ -162,6 +172,14 @@ async def tokenize_texts(request: Request) -> Response:
     own = services(request)
     body = await read(request, TokenizeRequest, own.settings.max_body_bytes)
     items = read_items(body.inputs, own.settings, "inputs")
+    size, most = sum(map(len, items.elements)), own.settings.max_tokenize_bytes
+    if size > most:
+        raise BodyTooLarge(
+            f"inputs has {size} bytes of text; at most {most} are tokenised at once (the operator "
+            "can raise the "
+            "limit with GATEWAY_MAX_TOKENIZE_BYTES)",
+            param="inputs",
+        )
     if items.has_ids:
         raise BadRequest(
             "inputs holds token ids; /tokenize takes texts, and /decode takes ids", param="inputs"
@@ -174,7 +192,7 @@ async def tokenize_texts(request: Request) -> Response:
         text_options(body, pipeline),
         add_special_tokens=body.add_special_tokens,
     )
-    return respond([[_token(token) for token in row] for row in rows])
+    return respond(await in_turns(rows, lambda row: [_token(token) for token in row], each=1))
 
 
 @router.post(
@@ -199,8 +217,6 @@ async def info(request: Request, model: str | None = None) -> Response:
     own = services(request)
     pipeline = await own.catalog.find(model)
     settings = own.settings
-    is_embedding = Task.EMBED in pipeline.tasks
-    pooling = pipeline.pooling if is_embedding else "splade" if Task.SPARSE in pipeline.tasks else "colbert"
     commit = pipeline.checkpoint.partition("@")[2]
     return respond(
         {
@@ -208,7 +224,7 @@ async def info(request: Request, model: str | None = None) -> Response:
             "model_sha": commit or None,
             "model_dtype": pipeline.dtype,
             "served_model_name": pipeline.served_model_name,
-            "model_type": {"embedding": {"pooling": pooling}},
+            "model_type": {"embedding": {"pooling": _pooling(pipeline)}},
             "max_concurrent_requests": None,
             "max_input_length": pipeline.max_length,
             "max_batch_tokens": pipeline.max_batch_tokens,
@@ -232,28 +248,40 @@ async def answer(request: Request) -> Response:
     if isinstance(content.get("inputs"), dict):
         return await _similarity(own, check(SimilarityRequest, content))
     body = check(EmbedRequest, content)
-    pipeline = await own.catalog.find(body.model)
-    if Task.EMBED not in pipeline.tasks and Task.SPARSE in pipeline.tasks:
+    named = await own.catalog.find(body.model)
+    known = [named] if body.model else own.catalog.pipelines
+    # A dense model answers if there is one.
+    if not any(Task.EMBED in pipeline.tasks for pipeline in known):
         return await _embed_sparse(own, body)
     return await _embed(own, body)
 
 
+def _pooling(pipeline: Pipeline) -> str:
+    """text-embeddings-inference's word for what a model gives first."""
+    if Task.EMBED in pipeline.tasks:
+        return pipeline.pooling or "none"
+    return (
+        "splade" if Task.SPARSE in pipeline.tasks else "colbert" if Task.COLBERT in pipeline.tasks else "none"
+    )
+
+
 async def _embed(own: Services, body: EmbedRequest) -> Response:
-    made = await _represent(own, body, Task.EMBED)
+    # Unlike the other routes, this one promises unit length unless asked otherwise.
+    normalized = body if body.normalize is not None else body.model_copy(update={"normalize": True})
+    made = await _represent(own, normalized, Task.EMBED)
     assert made.dense is not None
     return respond(np.ascontiguousarray(made.dense), headers=_truncated(made))
 
 
 async def _embed_sparse(own: Services, body: EmbedRequest) -> Response:
     made = await _represent(own, body, Task.SPARSE)
-    rows = [
-        [
-            {"index": index, "value": value}
-            for index, value in zip(vector.indices.tolist(), vector.weights.tolist(), strict=True)
-        ]
-        for vector in made.sparse or ()
-    ]
+    rows = await in_turns(made.sparse or (), _sparse_pairs)
     return respond(rows, headers=_truncated(made))
+
+
+def _sparse_pairs(vector: SparseVector) -> list[dict[str, Any]]:
+    pairs = zip(vector.indices.tolist(), vector.weights.tolist(), strict=True)
+    return [{"index": index, "value": value} for index, value in pairs]
 
 
 async def _represent(own: Services, body: EmbedRequest, task: Task) -> Representations:
@@ -263,8 +291,8 @@ async def _represent(own: Services, body: EmbedRequest, task: Task) -> Represent
 
 
 async def _similarity(own: Services, body: SimilarityRequest) -> Response:
-    left = read_items([body.inputs.source_sentence], own.settings, "source_sentence")
-    right = read_items(body.inputs.sentences, own.settings, "sentences")
+    left = Side(read_items([body.inputs.source_sentence], own.settings, "source_sentence"), "source_sentence")
+    right = Side(read_items(body.inputs.sentences, own.settings, "sentences"), "sentences")
     pipeline = await own.catalog.find(body.model, Task.EMBED)
     asked = body.parameters or _SimilarityParameters()
     fields = EmbedRequest(inputs=None, **asked.model_dump(exclude_none=True)).fields()

@@ -16,10 +16,11 @@ def test_reads_the_default_model():
     assert checkpoint.prompts == {}
 
 
-def test_reads_prompts_and_leaves_empty_ones_out(tmp_path):
+def test_reads_prompts_and_empty_ones_are_prompts_too(tmp_path):
     sentence = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "query"}
     checkpoint = Checkpoint.read(sentence_transformer(tmp_path / "c", MEAN, sentence=sentence))
-    assert checkpoint.prompts == {"query": "query: "}
+    assert checkpoint.prompts == {"query": "query: ", "document": ""}
+    assert checkpoint.role_prompts == {"query": "query: ", "document": ""}
     assert checkpoint.default_prompt_name == "query"
 
 
@@ -52,7 +53,7 @@ def test_reads_a_transformer_in_a_folder_of_its_own(tmp_path):
         path / "modules.json",
         [
             {"type": "sentence_transformers.models.Transformer", "path": "0_Transformer"},
-            {"type": "x.Pooling", "path": "1_Pooling"},
+            {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"},
         ],
     )
     checkpoint = Checkpoint.read(path)
@@ -77,8 +78,10 @@ def remove(name):
         (lambda path: write_json(path / "config.json", {"model_type": "bert"}), "has no hidden_size"),
         (remove("model.safetensors"), "has no weights; one of model.safetensors"),
         (
-            lambda path: write_json(path / "modules.json", [{"type": "x.CLIPModel"}]),
-            "begins with x.CLIPModel",
+            lambda path: write_json(
+                path / "modules.json", [{"type": "sentence_transformers.models.CLIPModel"}]
+            ),
+            "begins with sentence_transformers.models.CLIPModel",
         ),
         (lambda path: write_json(path / "modules.json", [{"path": ""}]), "is not a list of modules"),
         (
@@ -98,7 +101,7 @@ def test_a_broken_checkpoint_names_the_file(tmp_path, harm, message):
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("modules.json", [{"type": "x.Transformer", "path": 5}]),
+        ("modules.json", [{"type": "sentence_transformers.models.Transformer", "path": 5}]),
         ("modules.json", [{"type": None}]),
         ("config_sentence_transformers.json", {"prompts": ["query"]}),
         ("config_sentence_transformers.json", {"prompts": {"query": 5}}),
@@ -120,7 +123,11 @@ def test_values_of_the_wrong_kind_are_one_clear_error(tmp_path, file, content):
 def test_modules_without_a_path_lie_in_the_root(tmp_path):
     path = sentence_transformer(tmp_path / "c", MEAN)
     write_json(
-        path / "modules.json", [{"type": "x.Transformer", "path": None}, {"type": "x.Normalize", "path": ""}]
+        path / "modules.json",
+        [
+            {"type": "sentence_transformers.models.Transformer", "path": None},
+            {"type": "sentence_transformers.models.Normalize", "path": ""},
+        ],
     )
     assert Checkpoint.read(path).transformer_path == path
 
@@ -172,4 +179,42 @@ def test_no_tokenizer(tmp_path):
     for name in ("tokenizer.json", "vocab.txt"):
         (path / name).unlink()
     with pytest.raises(CheckpointError, match=r"has no tokenizer; a tokenizer\.json belongs there"):
+        Checkpoint.read(path)
+
+
+def modules(path, *types):
+    entries = [
+        {"idx": i, "name": str(i), "path": folder, "type": kind} for i, (kind, folder) in enumerate(types)
+    ]
+    write_json(path / "modules.json", entries)
+
+
+TRANSFORMER = ("sentence_transformers.models.Transformer", "")
+
+
+@pytest.mark.parametrize("folder", ["../outside", "/etc", "1_Pooling/../../outside"])
+def test_paths_that_lead_out_of_the_checkpoint_are_refused(tmp_path, folder):
+    path = sentence_transformer(tmp_path / "c", MEAN)
+    write_json(tmp_path / "outside" / "config.json", MEAN)
+    modules(path, TRANSFORMER, ("sentence_transformers.models.Pooling", folder))
+    with pytest.raises(CheckpointError, match="which leads out of the checkpoint"):
+        Checkpoint.read(path)
+
+
+def test_shards_outside_their_folder_are_refused(tmp_path):
+    path = bert(tmp_path / "c")
+    (path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    write_json(path / "model.safetensors.index.json", {"weight_map": {"a": "../other.safetensors"}})
+    with pytest.raises(CheckpointError, match="names a file outside its folder"):
+        Checkpoint.read(path)
+
+
+def test_classes_of_other_packages_are_not_taken_for_ours(tmp_path):
+    path = sentence_transformer(tmp_path / "c", MEAN)
+    (path / "custom_st.py").write_text("class Transformer: pass")
+    modules(path, ("custom_st.Transformer", ""), ("sentence_transformers.models.Pooling", "1_Pooling"))
+    with pytest.raises(CheckpointError, match=r"names custom_st\.Transformer, which is not served"):
+        Checkpoint.read(path)
+    modules(path, TRANSFORMER, ("foreign.package.Pooling", "1_Pooling"))
+    with pytest.raises(CheckpointError, match=r"names foreign\.package\.Pooling, which is not served"):
         Checkpoint.read(path)

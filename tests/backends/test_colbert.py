@@ -16,7 +16,7 @@ from tests.support import checkpoints
 from tests.support.checkpoints import bge_m3, modernbert, pylate, stanford, write_json
 from tests.support.pipeline import colbert
 
-TEXTS = ["what is the value", "a class, an object!", "x", "the value of the class; in it", "!?"]
+TEXTS = ["what is the value", "a class, an object!", "x", "the value of the class; in it", "!?", "x " * 56]
 
 
 def reference(path):
@@ -41,6 +41,10 @@ LAYOUTS = {
     "no prefixes": functools.partial(pylate, query_prefix="", document_prefix=None),
     # A window that holds a whole expanded query, as in the published models.
     "modernbert": functools.partial(pylate, base=functools.partial(modernbert, window=32)),
+    # A window that does not: expanded tokens far behind the query look at nothing.
+    "narrow window": functools.partial(pylate, base=modernbert),
+    # The maker's limit of the transformer is one less than that of documents.
+    "long documents": functools.partial(pylate, document_length=60),
     "distilbert": functools.partial(pylate, base=checkpoints.distilbert),
     "padded": functools.partial(pylate, base=checkpoints.mpnet),
     "stanford": stanford,
@@ -57,6 +61,18 @@ def test_equals_sentence_transformers(tmp_path, layout):
     equal(colbert(path, TEXTS), documents)
     if layout != "no prefixes":
         assert np.abs(np.asarray(queries[0])[0] - np.asarray(documents[0])[0]).max() > 0.01
+
+
+def test_two_layouts_in_one_repository(tmp_path):
+    """modules.json wins over what config.json says of the original layout."""
+    import json
+
+    path = pylate(tmp_path / "c", document_length=9)
+    config = json.loads((path / "config.json").read_text())
+    write_json(path / "config.json", {**config, "architectures": ["HF_ColBERT"]})
+    write_json(path / "artifact.metadata", {"doc_maxlen": 30})
+    assert late_interaction_of(Checkpoint.read(path)).layout == "pylate"
+    equal(colbert(path, TEXTS), reference(path).encode_document(TEXTS))
 
 
 def test_the_layout_that_sentence_transformers_saves(tmp_path):

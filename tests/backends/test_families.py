@@ -105,7 +105,7 @@ def test_bfloat16_stays_close(checkpoint):
 
 def test_the_padded_way_equals_it_too(checkpoint):
     family = family_of(checkpoint)
-    model = family.load(checkpoint, None, torch.float32, torch.device("cpu"), trust_remote_code=False)
+    model = family.load(checkpoint, None, torch.float32, torch.device("cpu"))
     batch = batch_of(checkpoint)
     padded = run(PaddedForward(model, family, dict(checkpoint.config)), batch)
     torch.testing.assert_close(padded, padded_reference(checkpoint, batch), atol=1e-5, rtol=1e-5)
@@ -150,7 +150,7 @@ def test_a_config_without_model_type_takes_the_given_one(tmp_path):
     with pytest.raises(CheckpointError, match="has no model_type; give it with --model-type"):
         family_of(checkpoint)
     family = family_of(checkpoint, "bert")
-    model = family.load(checkpoint, "packed", torch.float32, torch.device("cpu"), trust_remote_code=False)
+    model = family.load(checkpoint, "packed", torch.float32, torch.device("cpu"))
     batch = batch_of(checkpoint)
     got = run(PackedForward(model, family, content), batch)
     torch.testing.assert_close(got, run(expected, batch))
@@ -267,9 +267,7 @@ def test_a_model_that_packs_wrong_numbers_falls_back_too(tmp_path, caplog):
         return output + output.mean(1, keepdim=True)
 
     def load(attention):
-        model = family.load(
-            checkpoint, attention, torch.float32, torch.device("cpu"), trust_remote_code=False
-        )
+        model = family.load(checkpoint, attention, torch.float32, torch.device("cpu"))
         if attention is not None:
             model.encoder.layer[0].output.register_forward_hook(look_over_the_boundary)
         return model
@@ -320,3 +318,10 @@ def test_an_input_over_the_budget_runs_alone(checkpoint):
     with torch.inference_mode():
         encode(watched, batch_of(checkpoint), 6, torch.float32)
     assert passes == [[11], [11], [5], [3, 1]]
+
+
+def test_code_of_a_checkpoint_is_not_run_for_a_family_that_is_known(tmp_path):
+    path = checkpoints.gte(tmp_path / "c")
+    (path / "modeling_x.py").write_text("raise SystemExit('this must not run')")
+    checkpoint = rewrite(path, auto_map={"AutoModel": "modeling_x.X", "AutoConfig": "modeling_x.Y"})
+    assert load_forward(checkpoint).is_packed

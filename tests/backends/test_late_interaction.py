@@ -92,6 +92,32 @@ def test_stanford_s_defaults_without_its_metadata(tmp_path):
     assert not late.has_blind_tokens
 
 
+def test_a_prompt_by_its_name_is_the_mark_too(tmp_path):
+    for settings in ({}, {"prompts": {"query": "ask ", "document": ""}}):
+        path = pylate(tmp_path / f"c{len(settings)}", do_query_expansion=False, **settings)
+        tokenizer = tokenizer_of(path)
+        (named,) = encode(tokenizer, "value", role="query", prompt_name="query")
+        (plain,) = encode(tokenizer, "value", role="query")
+        assert named.ids.tolist() == plain.ids.tolist()
+
+
+def test_an_empty_prompt_is_a_prompt(tmp_path):
+    prompts = {"prompts": {"query": "query ", "document": ""}, "default_prompt_name": "query"}
+    path = sentence_transformer(tmp_path / "c", {"pooling_mode": "mean"}, sentence=prompts)
+    tokenizer = tokenizer_of(path)
+    for asked in ({"role": "document"}, {"prompt_name": "document"}, {"prompt": ""}):
+        assert words(tokenizer, encode(tokenizer, "x", **asked)[0]) == ["[CLS]", "x", "[SEP]"]
+    assert words(tokenizer, encode(tokenizer, "x")[0])[1] == "query"
+
+
+def test_ids_that_hold_the_mark_get_no_second_one(tmp_path):
+    tokenizer = tokenizer_of(pylate(tmp_path / "c"))
+    (row,) = encode(tokenizer, "value")
+    settings = TokenizerSettings.read({"text_format": "ids"}, tokenizer.checkpoint, "error", tokenizer.late)
+    (again,) = tokenizer.encode([row.ids.astype("<i4").tobytes()], settings)
+    assert again.ids.tolist() == row.ids.tolist()
+
+
 def test_descriptions_and_decoding(tmp_path):
     tokenizer = tokenizer_of(sentence_transformer(tmp_path / "c", {"pooling_mode": "mean"}))
     plain = TokenizerSettings()
@@ -108,3 +134,8 @@ def test_descriptions_and_decoding(tmp_path):
     assert pieces.texts == ["[CLS]", "the", "value", "!", "[SEP]"]
     with pytest.raises(RequestError, match=r"has 20000 characters; at most 12288 are looked at"):
         tokenizer.describe([b"a" * 20000], plain, add_special_tokens=True)
+    # A model may have more ids than its tokenizer knows tokens.
+    tokenizer.checkpoint.config["vocab_size"] = 200
+    unknown = [np.array([199], "<i4").tobytes()]
+    (row,) = tokenizer.describe(unknown, TokenizerSettings(has_ids=True), add_special_tokens=True)
+    assert row.texts == ["199"]

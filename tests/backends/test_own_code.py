@@ -121,5 +121,26 @@ def test_a_class_of_an_installed_package_is_not_the_checkpoint_s(path):
     modules = json.loads((path / "modules.json").read_text())
     modules[1]["type"] = "os.path.Thing"
     write_json(path / "modules.json", modules)
-    with pytest.raises(CheckpointError, match="has Thing behind the Transformer; only a Pooling there"):
+    with pytest.raises(CheckpointError, match=r"names os\.path\.Thing, which is not served"):
         build(path, trust_remote_code=True)
+
+
+def test_its_own_class_is_run_whatever_its_name(path):
+    """Even under a name that is one of sentence-transformers' own."""
+    (path / "mine.py").write_text(
+        "import torch\n"
+        "class Normalize(torch.nn.Module):\n"
+        "    load = classmethod(lambda cls, path: cls())\n"
+        "    def forward(self, features):\n"
+        "        return {'sentence_embedding': features['sentence_embedding'] * 0 + 7}\n"
+    )
+    append(path, "mine.Normalize", "2_Normalize", {})
+    assert (embed(path, TEXTS) == 7).all()
+
+
+def test_unknown_modules_beside_it_are_refused(path):
+    append(path, "sentence_transformers.models.CNN", "2_CNN", {})
+    with pytest.raises(
+        CheckpointError, match="holds the module CNN, which is not served; beside its own classes"
+    ):
+        embed(path, TEXTS)

@@ -195,6 +195,9 @@ def test_checkpoints_for_other_tasks_are_not_served_as_embeddings_by_silence(pat
     content = json.loads((path / "config.json").read_text())
     write_json(path / "config.json", {**content, **config})
     write_json(path / "config_sentence_transformers.json", sentence)
+    if config:
+        assert build(path).parameters["tasks"] == "embed,tokens", "modules.json says what it is for"
+        (path / "modules.json").unlink()
     with pytest.raises(CheckpointError, match=f"made for a task that is not served yet .*{mark}"):
         build(path)
     assert build(path, task="dense_embedding").parameters["tasks"] == "embed"

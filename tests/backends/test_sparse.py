@@ -43,7 +43,7 @@ def dense(rows, size):
 
 # Every architecture whose masked-language-model head is served.
 @pytest.mark.parametrize(
-    "kind", ["bert", "distilbert", "xlm_roberta", "modernbert", "electra", "albert", "mpnet"]
+    "kind", ["bert", "distilbert", "xlm_roberta", "modernbert", "electra", "albert", "mpnet", "gte"]
 )
 def test_splade_equals_sentence_transformers(tmp_path, kind):
     path = splade(tmp_path / kind, base=with_head(kind))
@@ -195,3 +195,28 @@ def test_texts_without_any_weight_in_between():
     hidden = Ragged(torch.zeros(4, 2), np.array([1, 2, 1]))
     answer = head(hidden, {}, {"top_k": 3})
     assert answer[SPARSE_WEIGHTS].lengths.tolist() == [0, 1, 0]
+
+
+def test_a_pickle_of_an_old_torch(tmp_path):
+    path = bge_m3(tmp_path / "c")
+    expected = make(path, TEXTS)
+    weights = torch.load(path / "sparse_linear.pt")
+    torch.save(weights, path / "sparse_linear.pt", _use_new_zipfile_serialization=False)
+    assert make(path, TEXTS) == expected
+
+
+def test_other_sparse_modules_are_refused(tmp_path):
+    path = splade(tmp_path / "c")
+    kinds = [
+        "sentence_transformers.models.Transformer",
+        "sentence_transformers.sparse_encoder.models.SparseAutoEncoder",
+    ]
+    write_json(
+        path / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": "" if i == 0 else str(i), "type": t}
+            for i, t in enumerate(kinds)
+        ],
+    )
+    with pytest.raises(CheckpointError, match="SparseAutoEncoder beside SpladePooling is not served"):
+        HEADS["sparse"].outputs(Checkpoint.read(path))

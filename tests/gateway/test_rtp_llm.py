@@ -1,13 +1,14 @@
 """RTP-LLM's routes, and the hybrid route of our own."""
 
 import base64
+import dataclasses
 import json
 
 import numpy as np
 import openai
 import pytest
 
-from backends.contract import ErrorCode
+from backends.contract import ErrorCode, Task
 from gateway.errors import RefusedItem, ServerFault
 from tests.gateway.conftest import running
 from tests.support.fake_inference import KINDS, PIPELINE, ROLES, FakeInference, vector
@@ -123,11 +124,26 @@ async def test_sparse_and_mixed_similarity(kinds):
         (None, {"dense": 0.4, "sparse": 0.2, "colbert": 0.4}),
         ([1, 2, 1], {"dense": 0.25, "sparse": 0.5, "colbert": 0.25}),
         ({"sparse": 3, "colbert": 1}, {"sparse": 0.75, "colbert": 0.25}),
+        ({"sparse": 1}, {"sparse": 1}),
     ):
         asked = {**body, "type": "hybrid", "weights": weights}
         got = (await post(kinds, "/v1/embeddings/similarity", asked))["similarity"]
         expected = sum(parts[kind] * factor for kind, factor in factors.items())
         np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+async def test_weights_alone_ask_for_a_hybrid(kinds):
+    body = {"left": ["aab"], "right": ["abc"], "weights": {"sparse": 1}}
+    assert (await post(kinds, "/v1/embeddings/similarity", body))["similarity"] == [[3.0]]
+
+
+async def test_more_work_than_one_request_may_ask_for():
+    async with running(FakeInference([KINDS]), max_products=100) as client:
+        body = {"left": ["a"], "right": ["b"], "type": "colbert"}
+        await post(client, "/v1/embeddings/similarity", body)
+        body["left"] = ["a" * 20]
+        answer = await post(client, "/v1/embeddings/similarity", body, 413)
+    assert "the scores take 1.6e+02 multiplications, and one request may take 1.0e+02" in answer["message"]
 
 
 async def test_return_response(kinds):
@@ -204,6 +220,13 @@ async def test_hybrid_gives_any_subset(kinds):
     assert set(item) == {"object", "index", "dense", "sparse", "colbert"}
     (item,) = (await post(kinds, "/v1/embeddings/hybrid", {"input": ["ab"], "model": "org/late"}))["data"]
     assert set(item) == {"object", "index", "colbert"}, "all that the model has"
+
+
+async def test_hybrid_of_a_model_without_any_of_them():
+    tokens = dataclasses.replace(KINDS, tasks=frozenset({Task.TOKENS}))
+    async with running(FakeInference([tokens])) as client:
+        error = (await post(client, "/v1/embeddings/hybrid", {"input": "a"}, 400))["error"]
+    assert error["message"] == "the model org/m3 serves tokens, and none of dense, sparse, colbert"
 
 
 async def test_hybrid_in_base64(kinds):

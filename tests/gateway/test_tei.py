@@ -1,9 +1,11 @@
 """The routes of text-embeddings-inference."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from backends.contract import ErrorCode
+from backends.contract import ErrorCode, Task
 from gateway.errors import RefusedItem, ServerFault, TimedOut, Unavailable
 from tests.gateway.conftest import running
 from tests.support.fake_inference import KINDS, FakeInference, vector
@@ -27,6 +29,36 @@ async def test_lists_of_texts_and_of_ids(kinds):
     assert len(await post(kinds, "/embed", {"inputs": [1, 2, 3]})) == 1
     assert len(await post(kinds, "/embed", {"inputs": [[1, 2], [3]]})) == 2
     assert len((await post(kinds, "/embed", {"inputs": "a", "dimensions": 3}))[0]) == 3
+
+
+async def test_embed_is_normalised_unless_asked_otherwise():
+    inference = FakeInference([KINDS])
+    async with running(inference) as client:
+        for fields in ({}, {"normalize": False}):
+            await post(client, "/embed", {"inputs": "a", **fields})
+        await post(client, "/embed_all", {"inputs": "a"})
+    assert [p.get("normalize") for items, p in inference.calls if items == [b"a"]] == [True, False, None]
+
+
+async def test_the_bare_address_prefers_a_dense_model():
+    sparse = dataclasses.replace(KINDS, name="a", served_model_name="a", tasks=frozenset({Task.SPARSE}))
+    async with running(FakeInference([sparse, KINDS])) as client:
+        assert isinstance((await post(client, "/", {"inputs": "a"}))[0][0], float)
+        assert await post(client, "/", {"inputs": "a", "model": "a"}) == [[{"index": 97, "value": 1.0}]]
+    async with running(FakeInference([sparse])) as client:
+        assert await post(client, "/", {"inputs": "a"}) == [[{"index": 97, "value": 1.0}]]
+
+
+async def test_which_field_is_at_fault():
+    inference = FakeInference([KINDS])
+    async with running(inference) as client:
+        await post(client, "/embed", {"inputs": "a"})
+        inference.fault = RefusedItem("too long", item=2, reason=ErrorCode.CONTEXT_LENGTH_EXCEEDED)
+        body = {"inputs": {"source_sentence": "a", "sentences": ["b", "c"]}}
+        answer = await post(client, "/similarity", body, 422)
+        assert answer["error"].startswith("sentences[1]: too long")
+        inference.fault = RefusedItem("unknown", item=0, reason=ErrorCode.INVALID_TOKEN_ID)
+        assert (await post(client, "/decode", {"ids": [5]}, 422))["error"] == "ids[0]: unknown"
 
 
 async def test_sparse(kinds):
@@ -125,6 +157,7 @@ async def test_what_was_cut_is_told_in_a_header(kinds):
             "inputs.sentences is missing",
         ),
         ("/similarity", {"inputs": {"source_sentence": "a", "sentences": []}}, 400, "Empty", "sentences is"),
+        ("/tokenize", {"inputs": ["a" * 200_000] * 2}, 413, "Validation", "inputs has 400000 bytes of text"),
         ("/tokenize", {"inputs": ""}, 400, "Empty", "inputs[0]"),
         ("/decode", {"ids": [-1]}, 422, "Validation", "-1 is no token id"),
     ],

@@ -210,8 +210,8 @@ def nomic_bert(path: Path) -> Path:
     return _make(path, "NomicBert")
 
 
-def gte(path: Path) -> Path:
-    return _make(path, "Gte", type_vocab_size=2, pad_token_id=0)
+def gte(path: Path, architecture: str = "Model") -> Path:
+    return _make(path, "Gte", architecture, type_vocab_size=2, pad_token_id=0)
 
 
 def jina_v3(path: Path) -> Path:

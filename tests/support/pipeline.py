@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def load_forward(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Forward:
     family = family_of(checkpoint)
     return choose_forward(
-        lambda attention: family.load(checkpoint, attention, dtype, CPU, trust_remote_code=False),
+        lambda attention: family.load(checkpoint, attention, dtype, CPU),
         family,
         dict(checkpoint.config),
         "test",
@@ -40,7 +40,10 @@ def run(
     given = parameters or {}
     checkpoint = Checkpoint.read(path)
     late = late_interaction_of(checkpoint)
-    tokenizer = TextTokenizer(checkpoint, family_of(checkpoint).max_length(checkpoint), late)
+    if head != "colbert":
+        late = None
+    family = family_of(checkpoint)
+    tokenizer = TextTokenizer(checkpoint, family.max_length(checkpoint), late, family.most_tokens(checkpoint))
     settings = TokenizerSettings.read(given, checkpoint, "right", late)
     rows = tokenizer.encode([text.encode() for text in texts], settings)
     ids = Ragged.pack([torch.from_numpy(row.ids.astype(np.int64)) for row in rows])
