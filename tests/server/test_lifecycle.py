@@ -34,7 +34,7 @@ def test_scripts_serve_from_any_folder_to_the_end(tmp_path, reference):
     """What the README promises: one command, the printed curl line, Ctrl-C."""
     with serve(tmp_path / "output", command=[ROOT / "scripts" / "serve"]) as serving:
         said = serving.output.read_text()
-        assert re.search(r"all-MiniLM-L6-v2 +embed +384 +256", said)
+        assert re.search(r"all-MiniLM-L6-v2 +embed, tokens +384 +256", said)
         curl = re.search(r"^ +(curl .*)$", said, re.MULTILINE)[1]
         answer = subprocess.run(shlex.split(curl), capture_output=True, check=True, timeout=60).stdout
         got = np.array(json.loads(answer)["data"][0]["embedding"])[None]
