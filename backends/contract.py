@@ -7,6 +7,7 @@ one batch element of the encoder and the heads, so nothing on the wire is ever p
         dense               [n, d]
         sparse              sparse_indices [1, k], sparse_weights [1, k], sparse_count [n, 1]
         colbert             token_vectors [1, v, d], vector_count [n, 1]
+        logits              logits [n, labels]
         tokens              token_embeddings [1, t, h], token_ids [1, t]
 
 Answers of different length per item lie end to end in one row, beside the count of each item.
@@ -30,6 +31,10 @@ TEXT = "text"
 INPUT_IDS = "input_ids"
 LENGTH = "length"
 PROMPT_LENGTH = "prompt_length"
+FIRST_LENGTH = "first_length"
+"""How many of a sequence's tokens belong to the first text of a pair; all of them where there is no
+second.
+"""
 KEY_LENGTH = "key_length"
 """How many of a sequence's tokens the others look at: those behind them (a query's expansion) only look."""
 N_TOKENS = "n_tokens"
@@ -43,6 +48,7 @@ TOKEN_VECTORS = "token_vectors"
 VECTOR_COUNT = "vector_count"
 TOKEN_EMBEDDINGS = "token_embeddings"
 TOKEN_IDS = "token_ids"
+LOGITS = "logits"
 TOKEN_TEXTS = "token_texts"
 TOKEN_SPANS = "token_spans"
 IS_SPECIAL = "is_special"
@@ -63,6 +69,10 @@ class Task(StrEnum):
     """A vector for each token, for late interaction."""
     TOKENS = "tokens"
     """The encoder's own vector of every token."""
+    SCORE = "score"
+    """How well a document answers a query."""
+    CLASSIFY = "classify"
+    """Logits of labels."""
 
 
 TASK_OUTPUTS: dict[Task, tuple[str, ...]] = {
@@ -70,6 +80,8 @@ TASK_OUTPUTS: dict[Task, tuple[str, ...]] = {
     Task.SPARSE: (SPARSE_INDICES, SPARSE_WEIGHTS, SPARSE_COUNT),
     Task.COLBERT: (TOKEN_VECTORS, VECTOR_COUNT),
     Task.TOKENS: (TOKEN_EMBEDDINGS, TOKEN_IDS),
+    Task.SCORE: (LOGITS,),
+    Task.CLASSIFY: (LOGITS,),
 }
 """The outputs of the pipeline that answer a task; the server computes no head that nobody asked for."""
 
@@ -98,7 +110,15 @@ class RequestParameter(StrEnum):
     PROMPT = "prompt"
     """str: a literal prompt; wins over a prompt name."""
     TRUNCATION = "truncation"
-    """"error", "right" (drop the end) or "left" (drop the beginning) for a text over the limit."""
+    """For a text over the limit "error", "right" (drop the end) or "left" (drop the beginning). Of a pair the
+    longer text is cut first; "document" cuts the second only.
+    """
+    MAX_TOKENS = "max_tokens"
+    """int: of a text or pair no more tokens than that, special tokens included."""
+    MAX_QUERY_TOKENS = "max_query_tokens"
+    """int: of the first text of a pair no more tokens than that."""
+    MAX_DOCUMENT_TOKENS = "max_document_tokens"
+    """int: of the second text of a pair no more tokens than that."""
     TEXT_FORMAT = "text_format"
     """"text" (UTF-8, the default) or "ids" (little-endian int32 token ids in each element of `text`)."""
     DIMENSIONS = "dimensions"
@@ -127,13 +147,21 @@ class PipelineParameter(StrEnum):
     MAX_BATCH_TOKENS = "max_batch_tokens"
     ROLES = "roles"
     """"true" where queries and documents are encoded differently."""
+    ROLE_PROMPTS = "role_prompts"
+    """"true" where the checkpoint has prompts of its own for queries or documents."""
     POOLING = "pooling"
+    LABELS = "labels"
+    """JSON list of the labels' names, in the order of the logits."""
+    SCORE_ACTIVATION = "score_activation"
+    """identity, sigmoid or softmax: what the checkpoint makes of a logit as a score."""
+    LABEL_ACTIVATION = "label_activation"
+    """The same for probabilities of labels."""
     DTYPE = "dtype"
     TRUNCATION = "truncation"
     """What happens to a text over the limit when the request does not say."""
 
 
-TRUNCATIONS = ("error", "right", "left")
+TRUNCATIONS = ("error", "right", "left", "document")
 ROLES = ("query", "document")
 
 

@@ -33,12 +33,15 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 class Forward(Protocol):
     """input_ids int64 [t] -> hidden [t, h] in the model's dtype, on the model's device.
 
-    `key_lengths` [n] says how many tokens at the beginning of each sequence are looked at; None is all.
+    `key_lengths` [n] says how many tokens at the beginning of each sequence are looked at, `first_lengths`
+    [n] how many belong to the first text of a pair; None is all.
     """
 
     is_packed: bool
 
-    def __call__(self, input_ids: Ragged, key_lengths: Lengths | None = None) -> torch.Tensor: ...
+    def __call__(
+        self, input_ids: Ragged, key_lengths: Lengths | None = None, first_lengths: Lengths | None = None
+    ) -> torch.Tensor: ...
 
 
 class PackedForward:
@@ -52,10 +55,12 @@ class PackedForward:
         self.position_offset = family.position_offset(config)
         self.attention_calls = 0
 
-    def __call__(self, input_ids: Ragged, key_lengths: Lengths | None = None) -> torch.Tensor:
+    def __call__(
+        self, input_ids: Ragged, key_lengths: Lengths | None = None, first_lengths: Lengths | None = None
+    ) -> torch.Tensor:
         arguments: dict[str, Any] = {"position_ids": (input_ids.positions + self.position_offset)[None]}
         if self.family.has_token_types:
-            arguments["token_type_ids"] = torch.zeros_like(input_ids.values)[None]
+            arguments["token_type_ids"] = _token_types(input_ids, first_lengths)[None]
         output = self.model(
             input_ids=input_ids.values[None],
             sequence_lengths=input_ids.lengths.tolist(),
@@ -80,13 +85,26 @@ class PaddedForward:
         self.arguments = family.forward_arguments
         self.pad_id = int(config.get("pad_token_id") or 0)
 
-    def __call__(self, input_ids: Ragged, key_lengths: Lengths | None = None) -> torch.Tensor:
+    def __call__(
+        self, input_ids: Ragged, key_lengths: Lengths | None = None, first_lengths: Lengths | None = None
+    ) -> torch.Tensor:
         rows = input_ids.split()
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         own = _mask(input_ids.lengths, ids)
         keys = own if key_lengths is None else _mask(key_lengths, ids)
-        output = self.model(input_ids=ids, attention_mask=keys.long(), **self.arguments)
+        arguments = dict(self.arguments)
+        if first_lengths is not None:
+            arguments["token_type_ids"] = (own & ~_mask(first_lengths, ids)).long()
+        output = self.model(input_ids=ids, attention_mask=keys.long(), **arguments)
         return output.last_hidden_state[own]  # type: ignore[no-any-return]
+
+
+def _token_types(input_ids: Ragged, first_lengths: Lengths | None) -> torch.Tensor:
+    """int64 [t]: 1 for the tokens of a pair's second text."""
+    if first_lengths is None:
+        return torch.zeros_like(input_ids.values)
+    firsts = torch.from_numpy(first_lengths).to(input_ids.values.device)
+    return (input_ids.positions >= firsts[input_ids.segments]).long()
 
 
 def _mask(lengths: Lengths, ids: torch.Tensor) -> torch.Tensor:
@@ -130,6 +148,7 @@ def encode(
     max_batch_tokens: int,
     dtype: torch.dtype,
     key_lengths: Lengths | None = None,
+    first_lengths: Lengths | None = None,
 ) -> torch.Tensor:
     """hidden [t, h] of all sequences in the order in which they came, in passes of at most
     `max_batch_tokens`.
@@ -145,7 +164,8 @@ def encode(
         tokens = torch.from_numpy(np.repeat(input_ids.offsets[order], lengths) + positions(lengths))
         tokens = tokens.to(input_ids.values.device)
         keys = None if key_lengths is None else key_lengths[order]
-        out = forward(Ragged(input_ids.values[tokens], lengths), keys)
+        firsts = None if first_lengths is None else first_lengths[order]
+        out = forward(Ragged(input_ids.values[tokens], lengths), keys, firsts)
         if hidden is None:
             hidden = out.new_empty((input_ids.values.shape[0], out.shape[1]), dtype=dtype)
         hidden.index_copy_(0, tokens, out.to(dtype))

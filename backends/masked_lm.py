@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from backends import layers
 from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError
 from backends.weights import read_tensors
@@ -151,46 +152,15 @@ def load_masked_lm(
     steps: list[torch.nn.Module] = []
     if layout.dense is not None:
         weight, bias = take(f"{layout.dense}.weight"), found.get(f"{layout.dense}.bias")
-        steps += [_linear(weight, bias), _activation(checkpoint, layout)]
+        steps.append(layers.linear(weight, bias))
+        steps.append(layers.activation(str(_setting(checkpoint.config, layout.activation, "gelu"))))
     if layout.norm is not None:
         eps = float(_setting(checkpoint.config, layout.norm_eps, 1e-12))
-        steps.append(_norm(take(f"{layout.norm}.weight"), found.get(f"{layout.norm}.bias"), eps))
+        steps.append(layers.norm(take(f"{layout.norm}.weight"), found.get(f"{layout.norm}.bias"), eps))
     decoder = found.get(f"{layout.decoder}.weight")
     bias = next((found[name] for name in layout.bias if name in found), None)
-    steps.append(_linear(take(layout.words) if decoder is None else decoder, bias))
+    steps.append(layers.linear(take(layout.words) if decoder is None else decoder, bias))
     return MaskedLanguageModelHead(steps, dtype).eval().requires_grad_(False)
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Module:
-    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    return _filled(layer, weight, bias)
-
-
-def _norm(weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.nn.Module:
-    return _filled(
-        torch.nn.LayerNorm(weight.shape[0], eps, bias=bias is not None, device="meta"), weight, bias
-    )
-
-
-def _filled(layer: torch.nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Module:
-    layer.load_state_dict({"weight": weight, **({} if bias is None else {"bias": bias})}, assign=True)
-    return layer
-
-
-def _activation(checkpoint: Checkpoint, layout: Layout) -> torch.nn.Module:
-    name = str(_setting(checkpoint.config, layout.activation, "gelu"))
-    known = {
-        "gelu": torch.nn.GELU(),
-        "gelu_new": torch.nn.GELU(approximate="tanh"),
-        "gelu_pytorch_tanh": torch.nn.GELU(approximate="tanh"),
-        "relu": torch.nn.ReLU(),
-        "silu": torch.nn.SiLU(),
-    }
-    if name not in known:
-        raise CheckpointError(
-            f"{checkpoint.path}: the activation {name!r} of its masked-language-model head is not served"
-        )
-    return known[name]
 
 
 def _setting(config: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -19,7 +19,14 @@ from backends.checkpoint import Checkpoint
 from backends.contract import ROLES, TOKEN_DTYPE, TRUNCATIONS, ErrorCode, RequestParameter
 from backends.errors import CheckpointError, RequestError
 from backends.late_interaction import LateInteraction
-from backends.tokenizer_file import TokenIds, expansion_id, keep_whole, load_tokenizer, special_tokens
+from backends.tokenizer_file import (
+    TokenIds,
+    expansion_id,
+    keep_whole,
+    load_tokenizer,
+    pair_template,
+    special_tokens,
+)
 
 # Characters that are tokenised at first for each token of the limit. English has 4 to 5, so one try is enough
 # for nearly every text; the window grows where a text is denser than that (long runs of blanks, unbroken
@@ -41,6 +48,13 @@ class Tokens:
     is_truncated: bool = False
     n_blind: int = 0
     """Tokens at the end that the others do not look at."""
+    n_second: int = 0
+    """Tokens at the end that belong to the second text of a pair."""
+
+    @property
+    def first_length(self) -> int:
+        """Tokens that belong to the first text, or to the only one."""
+        return len(self.ids) - self.n_second
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,9 @@ class TokenizerSettings:
     has_ids: bool = False
     role: str | None = None
     """query or document, for a model that tells them apart."""
+    max_tokens: int | None = None
+    max_query_tokens: int | None = None
+    max_document_tokens: int | None = None
 
     @classmethod
     def read(
@@ -93,7 +110,21 @@ class TokenizerSettings:
         named = {**checkpoint.prompts, **prompts}
         of_role = prompts.get(role) if role else None
         prompt = _prompt(parameters, named, of_role, checkpoint.default_prompt_name)
-        return cls(prompt, wanted, text_format == "ids", role)
+        caps = [_read_cap(parameters, name) for name in _CAPS]
+        return cls(prompt, wanted, text_format == "ids", role, *caps)
+
+
+_CAPS = (RequestParameter.MAX_TOKENS, RequestParameter.MAX_QUERY_TOKENS, RequestParameter.MAX_DOCUMENT_TOKENS)
+
+
+def _read_cap(parameters: Mapping[str, Any], name: str) -> int | None:
+    value = parameters.get(name)
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (is_number and value >= 1):
+        raise RequestError(
+            ErrorCode.INVALID_INPUT, f"{name} is {value!r}; it takes a whole number of at least 1"
+        )
+    return value
 
 
 def read_role(parameters: Mapping[str, Any]) -> str | None:
@@ -149,6 +180,7 @@ class TextTokenizer:
         known = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self.vocab_size = min(known, int(checkpoint.config.get("vocab_size") or known))
         self.prefix, self.suffix = special_tokens(self.tokenizer, checkpoint)
+        self.pair = pair_template(self.tokenizer, self.prefix, self.suffix)
         self.expansion = late.expansion if late is not None else None
         if self.expansion is not None:
             self.expansion_id = expansion_id(self.tokenizer, checkpoint, self.expansion)
@@ -182,6 +214,64 @@ class TextTokenizer:
         texts = [_decode(i, item) for i, item in enumerate(items)]
         rows = self._encode_texts([settings.prompt + text for text in texts], settings)
         return [self._wrap(i, *row, settings) for i, row in enumerate(rows)]
+
+    def encode_pairs(self, items: Sequence[tuple[bytes, bytes]], settings: TokenizerSettings) -> list[Tokens]:
+        """Pairs of texts -> tokens of each, by the tokenizer's own template; a text that is there often is
+        tokenised once.
+
+        Raises RequestError, which names the first pair at fault.
+        """
+        if self.pair is None:
+            raise RequestError(ErrorCode.INVALID_INPUT, "this model's tokenizer has no template for pairs")
+        if settings.has_ids:
+            raise RequestError(ErrorCode.INVALID_INPUT, "a pair takes texts, not token ids")
+        places: dict[bytes, int] = {}
+        texts: list[str] = []
+        for i, pair in enumerate(items):
+            for item in pair:
+                if item not in places:
+                    places[item] = len(texts)
+                    texts.append(_decode(i, item))
+        rows = self._encode_texts(texts, settings)
+        joined = [(rows[places[first]], rows[places[second]]) for first, second in items]
+        return [self._join(i, *pair, settings) for i, pair in enumerate(joined)]
+
+    def _join(
+        self,
+        index: int,
+        first: tuple[TokenIds, int],
+        second: tuple[TokenIds, int],
+        settings: TokenizerSettings,
+    ) -> Tokens:
+        """One pair; each text is its ids and the number of characters that have none."""
+        assert self.pair is not None
+        limit = min(self.max_length, settings.max_tokens or self.max_length)
+        room = limit - self.pair.count
+        if room < 2:
+            raise RequestError(
+                ErrorCode.INVALID_INPUT,
+                f"max_tokens is {limit}, which leaves no room for a pair; give at least "
+                f"{self.pair.count + 2}",
+            )
+        a, b = first[0][: settings.max_query_tokens], second[0][: settings.max_document_tokens]
+        # A cap that the request asks for cuts nothing that it does not want cut, but it does cut.
+        is_capped = len(a) < len(first[0]) or len(b) < len(second[0])
+        unread = (first[1] if len(a) == len(first[0]) else 0, second[1] if len(b) == len(second[0]) else 0)
+        is_over = any(unread) or len(a) + len(b) > room
+        if is_over and settings.truncation == "error":
+            more = "more than " if any(unread) else ""
+            raise RequestError(
+                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+                f"the pair has {more}{len(a) + len(b) + self.pair.count} tokens, and this model takes "
+                f"{limit} tokens; shorten it or let it be truncated",
+                index,
+            )
+        if is_over:
+            sizes = _pair_sizes(len(a), len(b), room, settings.truncation)
+            side = slice_left if settings.truncation == "left" else slice_right
+            a, b = side(a, sizes[0]), side(b, sizes[1])
+        whole, n_second = self.pair.join(a, b)
+        return Tokens(whole, 0, is_over or is_capped, 0, n_second)
 
     def _check_prompt(self, settings: TokenizerSettings) -> None:
         """A prompt is never truncated: without its end it would be another one."""
@@ -301,6 +391,8 @@ class TextTokenizer:
         """Truncates, and puts the special tokens on. `unread` characters of the text have no ids."""
         prompt = self._prompt_ids(settings.prompt) if settings.prompt else ()
         room = self._room(settings.role)
+        if settings.max_tokens is not None:
+            room = max(1, min(room, settings.max_tokens - len(self.prefix) - len(self.suffix)))
         is_over = unread > 0 or len(ids) > room
         if is_over and settings.truncation == "error":
             raise RequestError(
@@ -339,6 +431,32 @@ class TextTokenizer:
 
     def _encode_prompt(self, prompt: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(prompt, add_special_tokens=False).ids)
+
+
+def _pair_sizes(first: int, second: int, room: int, truncation: str) -> tuple[int, int]:
+    """How many tokens of each text stay, of `room` in all.
+
+    *Source:* tokenizers 0.23 truncate_encodings (longest_first); for `document` FlagEmbedding 1.4.2, which
+    keeps three quarters of the room for the query at most.
+    """
+    if truncation == "document":
+        first = min(first, room * 3 // 4)
+        return first, min(second, room - first)
+    shorter = min(first, second)
+    longer = shorter if shorter > room else max(shorter, room - shorter)
+    if shorter + longer > room:
+        shorter, longer = room // 2, room // 2 + room % 2
+    return (longer, shorter) if first > second else (shorter, longer)
+
+
+def slice_right(ids: TokenIds, count: int) -> TokenIds:
+    """The first tokens."""
+    return ids[:count]
+
+
+def slice_left(ids: TokenIds, count: int) -> TokenIds:
+    """The last tokens."""
+    return ids[len(ids) - count :] if count < len(ids) else ids
 
 
 def _window(text: str, chars: int, truncation: str) -> str:

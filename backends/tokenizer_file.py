@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,54 @@ def special_tokens(tokenizer: Tokenizer, checkpoint: Checkpoint) -> tuple[TokenI
         if cls is not None and sep is not None:
             prefix, suffix = [cls], [sep]
     return np.array(prefix, np.int32), np.array(suffix, np.int32)
+
+
+@dataclass(frozen=True)
+class PairTemplate:
+    """What stands around and between the two texts of a pair."""
+
+    before: TokenIds
+    between: TokenIds
+    behind: TokenIds
+    n_between_first: int
+    """Tokens of `between` that have the type of the first text."""
+
+    @property
+    def count(self) -> int:
+        """Special tokens in all."""
+        return len(self.before) + len(self.between) + len(self.behind)
+
+    def join(self, first: TokenIds, second: TokenIds) -> tuple[TokenIds, int]:
+        """The whole sequence, and how many of its last tokens have the type of the second text."""
+        n_second = len(self.between) - self.n_between_first + len(second) + len(self.behind)
+        return np.concatenate([self.before, first, self.between, second, self.behind]), n_second
+
+
+def pair_template(tokenizer: Tokenizer, prefix: TokenIds, suffix: TokenIds) -> PairTemplate | None:
+    """The post-processor's template of a pair, as it puts it around a probe; None where it has none.
+
+    A BERT tokenizer without a post-processor has [CLS] A [SEP] B [SEP] all the same.
+    """
+    if tokenizer.post_processor is None:
+        is_bert = len(prefix) == len(suffix) == 1
+        return PairTemplate(prefix, suffix, suffix, 1) if is_bert else None
+    probes = "a", "b"
+    first, second = (tokenizer.encode(probe, add_special_tokens=False).ids for probe in probes)
+    whole = tokenizer.encode(*probes, add_special_tokens=True)
+    start = _find(whole.ids, first, 0)
+    place = -1 if start < 0 else _find(whole.ids, second, start + len(first))
+    if start < 0 or place < 0:
+        return None
+    end = start + len(first)
+    parts = whole.ids[:start], whole.ids[end:place], whole.ids[place + len(second) :]
+    before, between, behind = (np.array(part, np.int32) for part in parts)
+    return PairTemplate(before, between, behind, sum(kind == 0 for kind in whole.type_ids[end:place]))
+
+
+def _find(ids: list[int], part: list[int], start: int) -> int:
+    """Where `part` begins in `ids`, from `start` on; -1 where it is not."""
+    places = range(start, len(ids) - len(part) + 1)
+    return next((i for i in places if part and ids[i : i + len(part)] == part), -1)
 
 
 def _is_wordpiece(tokenizer: Tokenizer) -> bool:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from backends.contract import Task
 from gateway.inference import Array
 from gateway.tasks import Representations, SparseVector
 from gateway.wire import matrix, to_base64
-
-KIND_TASKS = {"dense": Task.EMBED, "sparse": Task.SPARSE, "colbert": Task.COLBERT}
-"""What requests call the three representations."""
-
-
-def kinds_to_tasks(kinds: Collection[str]) -> list[Task]:
-    """Each kind's task, once."""
-    return [KIND_TASKS[kind] for kind in dict.fromkeys(kinds)]
 
 
 def usage(*made: Representations) -> dict[str, int]:

@@ -18,10 +18,12 @@ from starlette.routing import Match
 
 from gateway.catalog import Catalog
 from gateway.endpoints import DEFAULT_DIALECT, DIALECTS
-from gateway.endpoints.dialect import Dialect, Services
+from gateway.endpoints.dialect import Services
+from gateway.error_bodies import ErrorStyle
 from gateway.errors import BadRequest, GatewayError, ServerFault
 from gateway.inference import GrpcInference, Inference
 from gateway.readiness import Readiness
+from gateway.scoring import Scorer
 from gateway.settings import Settings
 from gateway.vocabulary import Vocabulary
 from gateway.wire import respond
@@ -51,7 +53,8 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         readiness = Readiness(own, catalog, settings.canary_interval_s, settings.patience_s)
         # One thread: a request with much to compare must not take the processor from all others.
         calculator = ThreadPoolExecutor(1, "calculator")
-        app.state.services = Services(settings, own, catalog, readiness, Vocabulary(own), calculator)
+        scorer = Scorer(own, catalog, calculator, settings.max_products)
+        app.state.services = Services(settings, own, catalog, readiness, Vocabulary(own), scorer, calculator)
         watch = asyncio.create_task(readiness.watch())
         # What lives by now lives for ever: without it, collections of old objects double the 99th percentile.
         gc.freeze()
@@ -81,7 +84,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
-    return _respond(request, error, _dialect(request).status(error))
+    return _respond(request, error, _style(request).status(error))
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
@@ -106,7 +109,7 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
 async def _answer_unknown(request: Request, error: Exception) -> Response:
     logger.error("unexpected error on %s", request.url.path, exc_info=error)
     fault = ServerFault("an unexpected error; the gateway's log tells what it was")
-    return _respond(request, fault, _dialect(request).status(fault))
+    return _respond(request, fault, _style(request).status(fault))
 
 
 def _respond(
@@ -118,13 +121,16 @@ def _respond(
     extra = dict(headers or {})
     if error.retry_after_s is not None:
         extra["Retry-After"] = str(error.retry_after_s)
-    return respond(_dialect(request).render_error(error), status, extra)
+    return respond(_style(request).render(error), status, extra)
 
 
-def _dialect(request: Request) -> Dialect:
-    """The dialect that has the request's path, whatever the method."""
+def _style(request: Request) -> ErrorStyle:
+    """How the dialect tells of errors that the request speaks, or that has its path, whatever the method."""
+    chosen: ErrorStyle | None = getattr(request.state, "error_style", None)
+    if chosen is not None:
+        return chosen
     for dialect in DIALECTS.values():
         for route in dialect.router.routes:
             if route.matches(request.scope)[0] is not Match.NONE:
-                return dialect
-    return DEFAULT_DIALECT
+                return dialect.errors
+    return DEFAULT_DIALECT.errors

@@ -7,6 +7,7 @@ over one long-lived gRPC channel, and put back in order.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import time
@@ -84,8 +85,16 @@ class Pipeline:
     dtype: str = "auto"
     truncation: str = "error"
     """What happens to a text over the limit when the request does not say."""
+    has_role_prompts: bool = False
+    """Whether the checkpoint has prompts of its own for queries or documents."""
+    labels: tuple[str, ...] = ()
+    """Of a reranker or classifier."""
+    score_activation: str = "identity"
+    label_activation: str = "identity"
 
 
+Item = bytes | tuple[bytes, bytes]
+"""A text, or a pair of texts."""
 Answer = Array | list[Array]
 """One row for each item, or for outputs of different length an array for each item."""
 
@@ -99,7 +108,7 @@ class Inference(Protocol):
     async def infer(
         self,
         pipeline: Pipeline,
-        items: Sequence[bytes],
+        items: Sequence[Item],
         outputs: Sequence[str],
         parameters: Parameters,
         stage: str | None = None,
@@ -149,7 +158,7 @@ class GrpcInference:
     async def infer(
         self,
         pipeline: Pipeline,
-        items: Sequence[bytes],
+        items: Sequence[Item],
         outputs: Sequence[str],
         parameters: Parameters,
         stage: str | None = None,
@@ -187,12 +196,12 @@ class GrpcInference:
         self,
         pipeline: Pipeline,
         model: str,
-        items: Sequence[bytes],
+        items: Sequence[Item],
         outputs: Sequence[str],
         parameters: Parameters,
     ) -> dict[str, Array]:
-        elements = np.empty((len(items), 1), dtype=np.object_)
-        elements[:, 0] = items
+        rows = [item if isinstance(item, tuple) else (item,) for item in items]
+        elements = np.array(rows, dtype=np.object_)
         text = server_client.InferInput(TEXT, list(elements.shape), "BYTES")
         text.set_data_from_numpy(elements)
         try:
@@ -255,6 +264,10 @@ def _pipeline(config: Any) -> Pipeline:
         pooling=parameters.get(PipelineParameter.POOLING, ""),
         dtype=parameters.get(PipelineParameter.DTYPE, "auto"),
         truncation=parameters.get(PipelineParameter.TRUNCATION, "error"),
+        has_role_prompts=parameters.get(PipelineParameter.ROLE_PROMPTS) == "true",
+        labels=tuple(json.loads(parameters.get(PipelineParameter.LABELS, "[]"))),
+        score_activation=parameters.get(PipelineParameter.SCORE_ACTIVATION, "identity"),
+        label_activation=parameters.get(PipelineParameter.LABEL_ACTIVATION, "identity"),
     )
 
 
@@ -290,19 +303,20 @@ def _status(code: grpc.StatusCode) -> str:
     return f"StatusCode.{code.name}"
 
 
-def _cut(items: Sequence[bytes], pipeline: Pipeline) -> list[list[int]]:
+def _cut(items: Sequence[Item], pipeline: Pipeline) -> list[list[int]]:
     """Indices of the items of each server request: of about one size, so that none waits for a much longer
     one.
 
     Within the model's batch size, and within its token budget as far as bytes tell: a token of natural text
     has two bytes and more.
     """
-    sizes = [min(len(item) // 2 + 2, pipeline.max_length) for item in items]
+    lengths = [len(item) if isinstance(item, bytes) else sum(map(len, item)) for item in items]
+    sizes = [min(length // 2 + 2, pipeline.max_length) for length in lengths]
     if len(items) <= pipeline.max_batch_size and sum(sizes) <= pipeline.max_batch_tokens:
         return [list(range(len(items)))]
     parts: list[list[int]] = []
     total = 0
-    for i in sorted(range(len(items)), key=lambda i: len(items[i])):
+    for i in sorted(range(len(items)), key=lambda i: lengths[i]):
         total += sizes[i]
         if not parts or len(parts[-1]) == pipeline.max_batch_size or total > pipeline.max_batch_tokens:
             parts.append([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, WithJsonSchema
@@ -34,7 +35,9 @@ _SCHEMA = {
 Inputs = Annotated[Any, WithJsonSchema(_SCHEMA)]
 
 # What the server's request parameters hold for sure, and more than anybody means.
-_MAX_INT = 2**31 - 1
+MAX_INT = 2**31 - 1
+SIDES = {"left": "left", "right": "right", "Left": "left", "Right": "right"}
+"""text-embeddings-inference's spellings."""
 _ROLES = {
     "query": "query",
     "search_query": "query",
@@ -63,10 +66,10 @@ class TextFields(BaseModel):
     truncation_side: Literal["left", "right"] | None = Field(None, description="Which side is cut off.")
     normalize: StrictBool | None = Field(None, description="Unit length or not, whatever the model says.")
     dimensions: StrictInt | None = Field(
-        None, ge=1, le=_MAX_INT, description="Keep this many components of dense embeddings, and unit length."
+        None, ge=1, le=MAX_INT, description="Keep this many components of dense embeddings, and unit length."
     )
     top_k: StrictInt | None = Field(
-        None, ge=1, le=_MAX_INT, description="Keep this many of the largest sparse weights of each text."
+        None, ge=1, le=MAX_INT, description="Keep this many of the largest sparse weights of each text."
     )
 
 
@@ -186,3 +189,38 @@ def _is_id(value: Any) -> bool:
 
 def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "an object")
+
+
+def read_text(value: Any, field: str) -> str:
+    """One text, as a string or as {"text": ...}. Raises BadRequest."""
+    text = _text_of(value)
+    if not isinstance(text, str):
+        raise BadRequest(f'{field} is {_kind(value)}; it takes a text, or {{"text": "..."}}', param=field)
+    if not text:
+        raise EmptyInput(f"{field} is an empty string; send some text", param=field.split("[")[0])
+    return text
+
+
+def read_texts(value: Any, most: int, field: str, rank_fields: Sequence[str] | None = None) -> list[str]:
+    """A list of texts, or one. Raises BadRequest, which names the item at fault.
+
+    `rank_fields` names the entries of documents that are objects; their values are read as Cohere does, a
+    line each.
+    """
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise EmptyInput(f"{field} is an empty list; send at least one text", param=field)
+    if len(items) > most:
+        raise BadRequest(
+            f"{field} has {len(items)} texts; at most {most} can be sent in one request", param=field
+        )
+    return [read_text(_fields_of(item, rank_fields), f"{field}[{i}]") for i, item in enumerate(items)]
+
+
+def _fields_of(item: Any, rank_fields: Sequence[str] | None) -> Any:
+    if not isinstance(item, dict):
+        return item
+    if rank_fields:
+        return "\n".join(f"{name}: {item[name]}" for name in rank_fields if name in item)
+    # A document may carry its id and what else its owner needs beside its text.
+    return item["text"] if isinstance(item.get("text"), str) else item

@@ -21,6 +21,8 @@ class Settings(BaseSettings):
     """Larger request bodies are refused with 413."""
     max_items: int = Field(2048, ge=1)
     """Inputs of one request; OpenAI's own limit."""
+    max_documents: int = Field(10_000, ge=1)
+    """Documents of one rerank request, pairs of one for scores, texts of one to classify."""
     max_token_ids: int = Field(1_000_000, ge=1)
     """Token ids of one request, in all its items."""
     max_answer_bytes: int = Field(256 * 2**20, ge=1)

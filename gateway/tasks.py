@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ from backends.contract import (
     DENSE,
     INPUT_IDS,
     IS_SPECIAL,
+    LOGITS,
     N_TOKENS,
     SPARSE_INDICES,
     SPARSE_WEIGHTS,
@@ -32,20 +33,25 @@ from backends.contract import (
     Task,
 )
 from gateway.errors import BadRequest, RefusedItem
-from gateway.inference import Array, Inference, Pipeline
+from gateway.inference import Array, Inference, Item, Pipeline
 
 
 @dataclass(frozen=True)
 class Items:
     """The inputs of a request, as they travel in the tensor `text`."""
 
-    elements: Sequence[bytes]
+    elements: Sequence[Item]
     has_ids: bool = False
 
     @classmethod
     def of_texts(cls, texts: Sequence[str]) -> Items:
         """Texts as UTF-8."""
         return cls([text.encode() for text in texts])
+
+    @classmethod
+    def of_pairs(cls, pairs: Iterable[tuple[str, str]]) -> Items:
+        """Pairs of texts as UTF-8."""
+        return cls([(first.encode(), second.encode()) for first, second in pairs])
 
     @classmethod
     def of_ids(cls, rows: Sequence[Sequence[int]]) -> Items:
@@ -66,6 +72,12 @@ class TextOptions:
     """query or document."""
     top_k: int | None = None
     """Keep so many of the largest sparse weights."""
+    max_tokens: int | None = None
+    """Of a whole text or pair, where that is less than the model takes."""
+    max_query_tokens: int | None = None
+    """Of the first text of a pair."""
+    max_document_tokens: int | None = None
+    """Of the second."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +154,15 @@ async def represent_sides(
     right: Side,
     tasks: Collection[Task],
     options: TextOptions,
+    *,
+    has_roles: bool | None = None,
 ) -> tuple[Representations, Representations]:
     """Both sides of a comparison, in one batch.
 
-    Of a model that tells queries from documents, the left side are queries. Raises GatewayError.
+    Where the sides are queries and documents they go to the model as such: those of a model that encodes them
+    differently do, unless `has_roles` says otherwise. Raises GatewayError.
     """
-    if pipeline.has_roles:
+    if pipeline.has_roles if has_roles is None else has_roles:
         both = await asyncio.gather(
             *(
                 _represent_side(inference, pipeline, side, tasks, replace(options, role=role))
@@ -187,6 +202,29 @@ def _naming_fields(*fields: tuple[str, int]) -> Iterator[None]:
                 raise RefusedItem(error.message, item=item, reason=error.reason, field=field) from error
             item -= length
         raise
+
+
+@dataclass(frozen=True)
+class Classified:
+    """What a classifier or a reranker says of texts or pairs."""
+
+    logits: Array
+    """float32 [n, labels]."""
+    n_tokens: Array
+    """int32 [n]."""
+    is_truncated: Array
+    """bool [n]."""
+
+
+async def classify(
+    inference: Inference, pipeline: Pipeline, items: Items, options: TextOptions
+) -> Classified:
+    """Logits of texts or pairs. Raises GatewayError."""
+    outputs = (*TASK_OUTPUTS[Task.CLASSIFY], *ACCOUNT_OUTPUTS)
+    rows: dict[str, Any] = await inference.infer(
+        pipeline, items.elements, outputs, _parameters(items, options)
+    )
+    return Classified(rows[LOGITS], rows[N_TOKENS][:, 0], rows[TRUNCATED][:, 0])
 
 
 @dataclass(frozen=True)
@@ -245,6 +283,9 @@ def _parameters(items: Items, options: TextOptions) -> dict[str, Any]:
         RequestParameter.NORMALIZE: options.normalize,
         RequestParameter.ROLE: options.role,
         RequestParameter.TOP_K: options.top_k,
+        RequestParameter.MAX_TOKENS: options.max_tokens,
+        RequestParameter.MAX_QUERY_TOKENS: options.max_query_tokens,
+        RequestParameter.MAX_DOCUMENT_TOKENS: options.max_document_tokens,
         RequestParameter.TEXT_FORMAT: "ids" if items.has_ids else None,
     }
     for name, value in parameters.items():

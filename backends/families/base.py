@@ -60,6 +60,10 @@ class Family:
             return NO_LIMIT
         return checkpoint.positions - self.position_offset(checkpoint.config)
 
+    def tells_pairs_apart(self, config: Mapping[str, Any]) -> bool:
+        """Whether the tokens of a pair's second text have another type than those of the first."""
+        return self.has_token_types and int(config.get("type_vocab_size", 2)) > 1
+
     def load(
         self,
         checkpoint: Checkpoint,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from backends.heads import colbert, dense, sparse, tokens
+from backends.heads import colbert, dense, logits, sparse, tokens
 from backends.heads.base import HeadSpec
 
 HEADS: dict[str, HeadSpec] = {
     "dense": dense.HEAD,
     "sparse": sparse.HEAD,
     "colbert": colbert.HEAD,
+    "logits": logits.HEAD,
     "tokens": tokens.HEAD,
 }

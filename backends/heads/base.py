@@ -42,7 +42,8 @@ class Head(Protocol):
 class HeadSpec:
     """How the model repository and the head stage come to know a head."""
 
-    task: Task
+    tasks: Callable[[Checkpoint], tuple[Task, ...]]
+    """What a pipeline with this head serves."""
     task_names: tuple[str, ...]
     """What the option `task` may say, in lower case, besides the task's own name: other servers'
     words for it.
@@ -62,6 +63,10 @@ class HeadSpec:
     stage_class: str = "backends.stages.head.HeadStage"
     is_heavy: bool = False
     """Whether it computes so much that one core would be too little."""
+    check_task_name: Callable[[Checkpoint, str], None] = lambda checkpoint, name: None
+    """Raises CheckpointError for a word of task_names that this checkpoint cannot be served as."""
+    takes_pairs: bool = False
+    """Whether a text may be a pair of texts."""
 
 
 def is_for_another_task(checkpoint: Checkpoint) -> bool:

@@ -122,8 +122,8 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 HEAD = HeadSpec(
-    task=Task.COLBERT,
-    task_names=("colbert_embedding", BGE_M3),
+    tasks=lambda checkpoint: (Task.COLBERT,),
+    task_names=("colbert", "colbert_embedding", BGE_M3),
     reason=_reason,
     facts=_facts,
     outputs=_outputs,

@@ -235,8 +235,8 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 HEAD = HeadSpec(
-    task=Task.EMBED,
-    task_names=("dense_embedding", "dense", BGE_M3),
+    tasks=lambda checkpoint: (Task.EMBED,),
+    task_names=("embed", "dense_embedding", "dense", BGE_M3),
     reason=_reason,
     facts=_facts,
     outputs=lambda checkpoint: (TensorSpec(DENSE, "FP32", (dimensions(checkpoint) or -1,)),),

@@ -236,8 +236,8 @@ def _inputs(checkpoint: Checkpoint) -> Sequence[str]:
 
 
 HEAD = HeadSpec(
-    task=Task.SPARSE,
-    task_names=("sparse_embedding", BGE_M3),
+    tasks=lambda checkpoint: (Task.SPARSE,),
+    task_names=("sparse", "sparse_embedding", BGE_M3),
     reason=_reason,
     facts=lambda checkpoint: {},
     outputs=_outputs,

@@ -18,8 +18,11 @@ def _reason(checkpoint: Checkpoint) -> str | None:
 
 
 HEAD = HeadSpec(
-    task=Task.TOKENS,
-    task_names=("all_embedding",),
+    tasks=lambda checkpoint: (Task.TOKENS,),
+    task_names=(
+        "tokens",
+        "all_embedding",
+    ),
     reason=_reason,
     facts=lambda checkpoint: {},
     outputs=lambda checkpoint: (

@@ -8,6 +8,7 @@ from backends.checkpoint import NO_LIMIT, Checkpoint
 from backends.contract import (
     ACCOUNT_OUTPUTS,
     DECODED,
+    FIRST_LENGTH,
     HIDDEN,
     INPUT_IDS,
     IS_SPECIAL,
@@ -35,10 +36,9 @@ from backends.trust import check_trust
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Tensors with one value for each item of a request, or for each token, in one row: [1, n] or [1, t].
 _ROWS = {
-    name: TensorSpec(name, "INT32", (-1,), True) for name in (INPUT_IDS, LENGTH, PROMPT_LENGTH, KEY_LENGTH)
+    name: TensorSpec(name, "INT32", (-1,), True)
+    for name in (INPUT_IDS, LENGTH, PROMPT_LENGTH, KEY_LENGTH, FIRST_LENGTH)
 }
-# Words of the option `task` that are known, for heads that are not there yet.
-_LATER = ("reranker", "classifier", "seq_classification")
 _TEXT = TensorSpec(TEXT, "STRING", (-1,), True)
 
 
@@ -59,10 +59,10 @@ def build_pipeline(
     reasons = heads_of(checkpoint, options)
     heads = tuple(reasons)
     for head in heads:
-        check_trust(checkpoint, HEADS[head].task, options)
+        check_trust(checkpoint, head, options)
     stages = (
         _tokenizer(reference, options, heads),
-        _encoder(reference, checkpoint, options, heads),
+        _encoder(reference, checkpoint, options, family, heads),
         *(_head(head, reference, checkpoint, options) for head in heads),
     )
     outputs = tuple(output for head in heads for output in HEADS[head].outputs(checkpoint))
@@ -90,16 +90,12 @@ def heads_of(checkpoint: Checkpoint, options: ServingOptions) -> dict[str, str]:
     """
     if options.task is not None:
         wanted = options.task.lower().replace("-", "_")
-        heads = {
-            name: f"--task {options.task}"
-            for name, head in HEADS.items()
-            if wanted in (head.task, *head.task_names)
-        }
-        if not heads and wanted in _LATER:
-            raise OptionError(f"task is {options.task!r}: rerankers and classifiers are not served yet")
+        heads = {name: f"--task {options.task}" for name, head in HEADS.items() if wanted in head.task_names}
         if not heads:
-            known = dict.fromkeys(word for head in HEADS.values() for word in (head.task, *head.task_names))
-            raise OptionError(f"task is {options.task!r}; it takes {', '.join([*known, *_LATER])}")
+            known = dict.fromkeys(word for head in HEADS.values() for word in head.task_names)
+            raise OptionError(f"task is {options.task!r}; it takes {', '.join(known)}")
+        for name in heads:
+            HEADS[name].check_task_name(checkpoint, wanted)
         return heads
     found = {name: head.reason(checkpoint) for name, head in HEADS.items()}
     reasons = {name: reason for name, reason in found.items() if reason is not None}
@@ -152,7 +148,7 @@ def _describe(
     heads: tuple[str, ...],
 ) -> dict[str, str]:
     described: dict[str, str] = {
-        PipelineParameter.TASKS: ",".join(HEADS[head].task for head in heads),
+        PipelineParameter.TASKS: ",".join(task for head in heads for task in HEADS[head].tasks(checkpoint)),
         PipelineParameter.FAMILY: family.name,
         PipelineParameter.CHECKPOINT: reference,
         PipelineParameter.SERVED_MODEL_NAME: options.served_model_name or name,
@@ -161,6 +157,8 @@ def _describe(
         PipelineParameter.DTYPE: options.dtype,
         PipelineParameter.TRUNCATION: options.truncation,
     }
+    if any(checkpoint.role_prompts.values()):
+        described[PipelineParameter.ROLE_PROMPTS] = "true"
     for head in heads:
         described.update(HEADS[head].facts(checkpoint))
     return described
@@ -176,6 +174,7 @@ def _tokenizer(reference: str, options: ServingOptions, heads: tuple[str, ...]) 
             TensorSpec(LENGTH, "INT32", (-1,)),
             TensorSpec(PROMPT_LENGTH, "INT32", (-1,)),
             TensorSpec(KEY_LENGTH, "INT32", (-1,)),
+            TensorSpec(FIRST_LENGTH, "INT32", (-1,)),
             TensorSpec(N_TOKENS, "INT32", (1,)),
             TensorSpec(TRUNCATED, "BOOL", (1,)),
             # For who calls this entry directly.
@@ -189,10 +188,12 @@ def _tokenizer(reference: str, options: ServingOptions, heads: tuple[str, ...]) 
 
 
 def _encoder(
-    reference: str, checkpoint: Checkpoint, options: ServingOptions, heads: tuple[str, ...]
+    reference: str, checkpoint: Checkpoint, options: ServingOptions, family: Family, heads: tuple[str, ...]
 ) -> StageSpec:
     late = late_interaction_of(checkpoint) if "colbert" in heads else None
-    keys = (_ROWS[KEY_LENGTH],) if late is not None and late.has_blind_tokens else ()
+    keys = [_ROWS[KEY_LENGTH]] if late is not None and late.has_blind_tokens else []
+    if any(HEADS[head].takes_pairs for head in heads) and family.tells_pairs_apart(checkpoint.config):
+        keys.append(_ROWS[FIRST_LENGTH])
     return StageSpec(
         stage="encoder",
         stage_class="backends.stages.encoder.EncoderStage",

@@ -1,7 +1,8 @@
 """The encoder stage: input_ids [1, t], length [1, n] -> hidden [1, t, h], all requests of a batch in packed
 passes.
 
-With key_length [1, n] where some tokens of a sequence are not to be looked at.
+With key_length [1, n] where some tokens of a sequence are not to be looked at, and first_length [1, n] where
+pairs are told apart.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from backends.contract import HIDDEN, INPUT_IDS, KEY_LENGTH, LENGTH
+from backends.contract import FIRST_LENGTH, HIDDEN, INPUT_IDS, KEY_LENGTH, LENGTH
 from backends.device import TORCH_DTYPES, compute_dtype, place
 from backends.families import family_of
 from backends.forward import choose_forward, encode
+from backends.heads import HEADS
 from backends.late_interaction import late_interaction_of
 from backends.options import WIRE_DTYPES
-from backends.ragged import Ragged
+from backends.ragged import Lengths, Ragged
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 
 # Hidden states of so many forward passes are kept at once. More would let more sequences share a pass, fewer
@@ -41,6 +43,8 @@ class EncoderStage(Stage):
         family = family_of(context.checkpoint, options.model_type)
         late = late_interaction_of(context.checkpoint) if "colbert" in context.heads else None
         self.has_key_length = late is not None and late.has_blind_tokens
+        takes_pairs = any(HEADS[head].takes_pairs for head in context.heads if head)
+        self.has_first_length = takes_pairs and family.tells_pairs_apart(context.checkpoint.config)
 
         def load(attention: str | None) -> torch.nn.Module:
             return family.load(context.checkpoint, attention, dtype, self.device)
@@ -75,10 +79,15 @@ class EncoderStage(Stage):
         lengths = [request.array(LENGTH)[0] for request in batch]
         values = torch.from_numpy(ids.astype(np.int64)).to(self.device)
         tokens = Ragged(values, np.concatenate(lengths).astype(np.int64))
-        keys = None
-        if self.has_key_length:
-            keys = np.concatenate([request.array(KEY_LENGTH)[0] for request in batch]).astype(np.int64)
+        keys = _row(batch, KEY_LENGTH) if self.has_key_length else None
+        firsts = _row(batch, FIRST_LENGTH) if self.has_first_length else None
         with torch.inference_mode():
-            hidden = encode(self.forward, tokens, self.max_batch_tokens, self.wire_dtype, keys)
+            hidden = encode(self.forward, tokens, self.max_batch_tokens, self.wire_dtype, keys, firsts)
         sizes = [int(one.sum()) for one in lengths]
         return [{HIDDEN: part[None]} for part in torch.split(hidden, sizes)]
+
+
+def _row(batch: Sequence[StageRequest], name: str) -> Lengths:
+    """A [1, n] input of all requests, [n]."""
+    row: Lengths = np.concatenate([request.array(name)[0] for request in batch]).astype(np.int64)
+    return row

@@ -34,7 +34,7 @@ class HeadStage(Stage):
         self.extra_inputs = spec.inputs(context.checkpoint)
         self.parameter_names = spec.parameters
         assert spec.load is not None
-        check_trust(context.checkpoint, spec.task, options)
+        check_trust(context.checkpoint, context.parameters[HEAD], options)
         self.head = spec.load(context.checkpoint, self.device, compute_dtype(options.dtype, self.device))
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:

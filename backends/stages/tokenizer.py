@@ -15,6 +15,7 @@ import numpy as np
 from backends.checkpoint import NO_LIMIT
 from backends.contract import (
     DECODED,
+    FIRST_LENGTH,
     INPUT_IDS,
     IS_SPECIAL,
     KEY_LENGTH,
@@ -30,9 +31,10 @@ from backends.contract import (
 )
 from backends.errors import RequestError
 from backends.families import family_of
+from backends.heads import HEADS
 from backends.late_interaction import late_interaction_of
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
-from backends.tokenization import TextTokenizer, TokenizerSettings
+from backends.tokenization import TextTokenizer, TokenizerSettings, Tokens
 
 _PROMPTING = frozenset({RequestParameter.PROMPT, RequestParameter.PROMPT_NAME, RequestParameter.ROLE})
 _DESCRIPTION = frozenset({TOKEN_TEXTS, TOKEN_SPANS, IS_SPECIAL})
@@ -47,6 +49,7 @@ class TokenizerStage(Stage):
         self.late = late_interaction_of(checkpoint) if "colbert" in context.heads else None
         most_tokens = min(family.most_tokens(checkpoint), context.options.max_length or NO_LIMIT)
         self.tokenizer = TextTokenizer(checkpoint, family.max_length(checkpoint), self.late, most_tokens)
+        self.takes_pairs = any(HEADS[head].takes_pairs for head in context.heads if head)
         self.truncation = context.options.truncation
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
@@ -58,28 +61,30 @@ class TokenizerStage(Stage):
                 request.parameters, self.tokenizer.checkpoint, self.truncation, self.late
             )
             text = request.array(TEXT)
+            if text.shape[1] == 2 and self.takes_pairs:
+                return self._answer_rows(self.tokenizer.encode_pairs(text.tolist(), settings))
             if text.shape[1] != 1:
+                shapes = "[n, 1] or, for pairs, [n, 2]" if self.takes_pairs else "[n, 1], one text each"
                 raise RequestError(
-                    ErrorCode.INVALID_INPUT,
-                    f"text has shape {list(text.shape)}; this model takes [n, 1], one text each",
+                    ErrorCode.INVALID_INPUT, f"text has shape {list(text.shape)}; this model takes {shapes}"
                 )
             items = text[:, 0].tolist()
             if request.wanted & _DESCRIPTION:
                 return self._describe(items, settings, request)
             if DECODED in request.wanted:
                 return self._decode(items, request)
-            return self._tokenize(items, settings)
+            return self._answer_rows(self.tokenizer.encode(items, settings))
         except RequestError as error:
             return error
 
-    def _tokenize(self, items: list[bytes], settings: TokenizerSettings) -> Answer:
-        rows = self.tokenizer.encode(items, settings)
+    def _answer_rows(self, rows: Sequence[Tokens]) -> Answer:
         length = np.array([len(row.ids) for row in rows], np.int32)
         return {
             INPUT_IDS: np.concatenate([row.ids for row in rows])[None],
             LENGTH: length[None],
             PROMPT_LENGTH: np.array([[row.prompt_length for row in rows]], np.int32),
             KEY_LENGTH: np.array([[len(row.ids) - row.n_blind for row in rows]], np.int32),
+            FIRST_LENGTH: np.array([[row.first_length for row in rows]], np.int32),
             N_TOKENS: length[:, None],
             TRUNCATED: np.array([[row.is_truncated] for row in rows]),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.endpoints import hybrid, openai, operations, rtp_llm, tei
+from gateway.endpoints import classify, hybrid, openai, operations, rerank, rtp_llm, score, tei
 from gateway.endpoints.dialect import Dialect
 
 DIALECTS: dict[str, Dialect] = {
@@ -10,6 +10,9 @@ DIALECTS: dict[str, Dialect] = {
     "hybrid": hybrid.DIALECT,
     "rtp_llm": rtp_llm.DIALECT,
     "tei": tei.DIALECT,
+    "rerank": rerank.DIALECT,
+    "score": score.DIALECT,
+    "classify": classify.DIALECT,
     "operations": operations.DIALECT,
 }
 

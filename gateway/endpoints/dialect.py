@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from gateway.catalog import Catalog
-from gateway.errors import GatewayError
+from gateway.error_bodies import ErrorStyle
 from gateway.inference import Inference
 from gateway.readiness import Readiness
+from gateway.scoring import Scorer
 from gateway.settings import Settings
 from gateway.vocabulary import Vocabulary
 
@@ -26,19 +26,22 @@ class Services:
     catalog: Catalog
     readiness: Readiness
     vocabulary: Vocabulary
+    scorer: Scorer
     calculator: Executor
     """Runs what would hold up the event loop."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """Somebody's HTTP API: its routes and the body of its errors."""
+    """Somebody's HTTP API: its routes, and how it tells of errors."""
 
     router: APIRouter
-    render_error: Callable[[GatewayError], Any]
-    """An error -> the JSON content of its response."""
-    status: Callable[[GatewayError], int] = lambda error: error.status
-    """An error -> the HTTP status, where the dialect has its own."""
+    errors: ErrorStyle
+
+
+def speak(request: Request, style: ErrorStyle) -> None:
+    """Chooses how errors of this request are told, on a route that several dialects share."""
+    request.state.error_style = style
 
 
 def services(request: Request) -> Services:

@@ -4,15 +4,17 @@ pass.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from gateway.answers import KIND_TASKS, embedding_items, kinds_to_tasks, usage
+from gateway.answers import embedding_items, usage
 from gateway.endpoints.dialect import Dialect, describe, services
-from gateway.errors import GatewayError, RefusedItem, WrongTask
+from gateway.error_bodies import OPENAI
+from gateway.errors import WrongTask
 from gateway.inputs import Inputs, TextFields, read_items, text_options
+from gateway.kinds import KIND_TASKS, kinds_to_tasks
 from gateway.tasks import represent
 from gateway.wire import read, respond
 
@@ -83,12 +85,4 @@ async def create_hybrid_embeddings(request: Request) -> Response:
     )
 
 
-def render_error(error: GatewayError) -> dict[str, Any]:
-    """{"error": {"message", "param", "code"}}."""
-    message, param = error.message, error.param
-    if isinstance(error, RefusedItem):
-        message, param = error.explain("input"), error.blame("input")
-    return {"error": {"message": message, "param": param, "code": error.code}}
-
-
-DIALECT = Dialect(router, render_error)
+DIALECT = Dialect(router, OPENAI)

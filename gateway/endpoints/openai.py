@@ -11,18 +11,12 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from gateway.answers import embedding_items, kinds_to_tasks, usage
+from gateway.answers import embedding_items, usage
 from gateway.endpoints.dialect import Dialect, describe, services
-from gateway.errors import (
-    AnswerTooLarge,
-    BodyTooLarge,
-    GatewayError,
-    RefusedItem,
-    ServerFault,
-    UnknownModel,
-)
+from gateway.error_bodies import OPENAI
 from gateway.inference import Pipeline
 from gateway.inputs import Inputs, TextFields, read_items, text_options
+from gateway.kinds import kinds_to_tasks
 from gateway.tasks import represent
 from gateway.wire import read, respond
 
@@ -114,26 +108,4 @@ def _describe(pipeline: Pipeline, created: int) -> dict[str, Any]:
     }
 
 
-def render_error(error: GatewayError) -> dict[str, Any]:
-    """{"error": {"message", "type", "param", "code"}}."""
-    message, param = error.message, error.param
-    if isinstance(error, RefusedItem):
-        message, param = error.explain("input"), error.blame("input")
-    kind = "server_error" if isinstance(error, ServerFault) else "invalid_request_error"
-    return {
-        "error": {
-            "message": message,
-            "type": kind,
-            "param": param,
-            "code": error.code or _CODES.get(type(error)),
-        }
-    }
-
-
-_CODES: dict[type[GatewayError], str] = {
-    BodyTooLarge: "body_too_large",
-    AnswerTooLarge: "answer_too_large",
-    UnknownModel: "model_not_found",
-}
-
-DIALECT = Dialect(router, render_error)
+DIALECT = Dialect(router, OPENAI)

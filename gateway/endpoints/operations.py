@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 
 from gateway.endpoints.dialect import Dialect, services
-from gateway.errors import GatewayError
+from gateway.error_bodies import ErrorStyle
 from gateway.wire import respond
 
 router = APIRouter()
@@ -42,9 +40,4 @@ async def ready(request: Request) -> Response:
     )
 
 
-def render_error(error: GatewayError) -> dict[str, Any]:
-    """{"error": message}."""
-    return {"error": error.message}
-
-
-DIALECT = Dialect(router, render_error)
+DIALECT = Dialect(router, ErrorStyle(lambda error: {"error": error.message}))

@@ -17,28 +17,23 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, StrictBool
 
-from backends.contract import ErrorCode, Task
-from gateway.answers import KIND_TASKS, kinds_to_tasks, mark_truncated, usage
+from backends.contract import Task
+from gateway.answers import mark_truncated, usage
 from gateway.endpoints.dialect import Dialect, Services, describe, services
+from gateway.error_bodies import RTP_LLM
 from gateway.errors import (
-    AnswerTooLarge,
     BadRequest,
-    GatewayError,
-    RefusedItem,
-    ServerFault,
-    TimedOut,
-    Unavailable,
 )
 from gateway.inference import Pipeline
 from gateway.inputs import Inputs, TextFields, read_items, text_options
-from gateway.similarity import count_products, mixed_scores
+from gateway.kinds import DEFAULT_WEIGHTS, KIND_TASKS, kinds_to_tasks, read_weights
+from gateway.scoring import check_products
+from gateway.similarity import mixed_scores
 from gateway.tasks import Representations, Side, SparseVector, represent, represent_sides
 from gateway.wire import in_turns, matrix, read, respond, to_base64
 
 router = APIRouter()
 
-# FlagEmbedding's own example of a mix for BGE-M3.
-_DEFAULT_WEIGHTS = {"dense": 0.4, "sparse": 0.2, "colbert": 0.4}
 _KINDS = Literal["dense", "sparse", "colbert", "hybrid"]
 
 
@@ -68,7 +63,7 @@ class SimilarityRequest(TextFields):
     right: Inputs
     type: _KINDS | None = Field(None, description="Without it dense, if the model has it.")
     embedding_config: _EmbeddingConfig | None = Field(None, description="RTP-LLM's way to say the type.")
-    weights: dict[Literal["dense", "sparse", "colbert"], float] | list[float] | None = Field(
+    weights: dict[str, float] | list[float] | None = Field(
         None, description="Of a hybrid, by kind or as a list: dense, sparse, colbert. Default: 0.4, 0.2, 0.4."
     )
     return_response: StrictBool | None = Field(None, description="Give the embeddings, too.")
@@ -150,7 +145,8 @@ async def compare(request: Request) -> Response:
     asked = _type(body)
     weights: dict[str, float] = {}
     if asked is not None:
-        weights = _weights(body) if asked == "hybrid" else {asked: 1.0}
+        mixed = read_weights(body.weights) or DEFAULT_WEIGHTS
+        weights = mixed if asked == "hybrid" else {asked: 1.0}
     pipeline = await own.catalog.find(body.model, *kinds_to_tasks(weights))
     if not weights:
         pipeline = pipeline if _kinds(pipeline) else await own.catalog.find(body.model, Task.EMBED)
@@ -164,14 +160,7 @@ async def compare(request: Request) -> Response:
         tasks,
         text_options(body, pipeline),
     )
-    products = count_products(*sides)
-    if products > own.settings.max_products:
-        raise AnswerTooLarge(
-            f"the scores take {products:.1e} multiplications, and one request may take "
-            f"{own.settings.max_products:.1e}; send fewer or shorter texts at a time (the operator "
-            "can raise the "
-            "limit with GATEWAY_MAX_PRODUCTS)"
-        )
+    check_products(sides, own.settings.max_products)
     loop = asyncio.get_running_loop()
     scores = await loop.run_in_executor(own.calculator, mixed_scores, *sides, weights)
     model = body.model or pipeline.served_model_name
@@ -204,25 +193,6 @@ def _type(body: SimilarityRequest) -> str | None:
     if body.weights is not None and asked not in (None, "hybrid"):
         raise BadRequest(f"weights are for the type hybrid, and type is {asked!r}", param="weights")
     return "hybrid" if body.weights is not None else asked
-
-
-def _weights(body: SimilarityRequest) -> dict[str, float]:
-    """The kinds of a hybrid that count. Raises BadRequest."""
-    given = body.weights
-    if given is None:
-        return _DEFAULT_WEIGHTS
-    if isinstance(given, list) and len(given) != len(_DEFAULT_WEIGHTS):
-        raise BadRequest(
-            f"weights has {len(given)} numbers; it takes three, of {', '.join(_DEFAULT_WEIGHTS)}",
-            param="weights",
-        )
-    pairs = zip(_DEFAULT_WEIGHTS, given, strict=True) if isinstance(given, list) else given.items()
-    weights: dict[str, float] = dict(pairs)
-    if any(not np.isfinite(weight) or weight < 0 for weight in weights.values()) or not sum(weights.values()):
-        raise BadRequest(
-            "weights must be numbers of at least 0, and at least one of them more", param="weights"
-        )
-    return {kind: weight for kind, weight in weights.items() if weight}
 
 
 async def _create(request: Request, model: type[EmbeddingRequest], kind: str) -> Response:
@@ -299,23 +269,4 @@ def _respond(answer: dict[str, Any], used: dict[str, int]) -> Response:
     return respond(answer, headers={"USAGE": orjson.dumps(used).decode()})
 
 
-_CODES: tuple[tuple[type[GatewayError], int, str], ...] = (
-    (BadRequest, 507, "ERROR_INPUT_FORMAT_ERROR"),
-    (Unavailable, 514, "UNKNOWN_ERROR"),
-    (TimedOut, 514, "UNKNOWN_ERROR"),
-    (ServerFault, 606, "EXECUTION_EXCEPTION"),
-)
-
-
-def render_error(error: GatewayError) -> dict[str, Any]:
-    """{"error_code", "error_code_str", "message"}."""
-    code, name = next(((c, n) for kind, c, n in _CODES if isinstance(error, kind)), (514, "UNKNOWN_ERROR"))
-    message = error.message
-    if isinstance(error, RefusedItem):
-        message = error.explain("input")
-        if error.reason is ErrorCode.CONTEXT_LENGTH_EXCEEDED:
-            code, name = 511, "LONG_PROMPT_ERROR"
-    return {"error_code": code, "error_code_str": f"{code}_{name}", "message": message}
-
-
-DIALECT = Dialect(router, render_error)
+DIALECT = Dialect(router, RTP_LLM)

@@ -16,20 +16,13 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool
 
 from backends.contract import Task
 from gateway.endpoints.dialect import Dialect, Services, describe, services
+from gateway.error_bodies import TEI
 from gateway.errors import (
     BadRequest,
     BodyTooLarge,
-    EmptyInput,
-    GatewayError,
-    RefusedItem,
-    ServerFault,
-    TimedOut,
-    Unavailable,
-    UnknownModel,
-    WrongTask,
 )
 from gateway.inference import Pipeline
-from gateway.inputs import Inputs, TextFields, read_items, text_options
+from gateway.inputs import SIDES, Inputs, TextFields, read_items, text_options
 from gateway.similarity import cosine_scores
 from gateway.tasks import (
     Representations,
@@ -45,8 +38,6 @@ from gateway.wire import check, in_turns, matrix, parse, read, read_bytes, respo
 
 router = APIRouter()
 
-_SIDES = {"left": "left", "right": "right", "Left": "left", "Right": "right"}
-
 
 class EmbedRequest(TextFields):
     """The body of /embed, /embed_sparse and /embed_all."""
@@ -56,7 +47,7 @@ class EmbedRequest(TextFields):
 
     def fields(self) -> TextFields:
         """The same in the words of the other dialects; a direction alone does not ask for truncation."""
-        side = _SIDES[self.truncation_direction] if self.truncation_direction and self.truncate else None
+        side = SIDES[self.truncation_direction] if self.truncation_direction and self.truncate else None
         return self.model_copy(update={"truncation_side": side})
 
 
@@ -319,32 +310,4 @@ def _truncated(*made: Representations) -> dict[str, str]:
     return {"x-truncated-inputs": ",".join(map(str, places))} if places else {}
 
 
-# The first that fits: (error, status, error_type).
-_STATUSES: tuple[tuple[type[GatewayError], int, str], ...] = (
-    (EmptyInput, 400, "Empty"),
-    (WrongTask, 400, "Validation"),
-    (UnknownModel, 404, "Validation"),
-    (BodyTooLarge, 413, "Validation"),
-    (BadRequest, 422, "Validation"),
-    (Unavailable, 503, "Unhealthy"),
-    (TimedOut, 504, "Backend"),
-    (ServerFault, 424, "Backend"),
-)
-
-
-def _kind(error: GatewayError) -> tuple[int, str]:
-    return next((s, kind) for cls, s, kind in _STATUSES if isinstance(error, cls))
-
-
-def render_error(error: GatewayError) -> dict[str, Any]:
-    """{"error": message, "error_type"}."""
-    message = error.explain("inputs") if isinstance(error, RefusedItem) else error.message
-    return {"error": message, "error_type": _kind(error)[1]}
-
-
-def status(error: GatewayError) -> int:
-    """text-embeddings-inference's own statuses."""
-    return _kind(error)[0]
-
-
-DIALECT = Dialect(router, render_error, status)
+DIALECT = Dialect(router, TEI)

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from backends.contract import PipelineParameter
 from backends.errors import BackendError
-from backends.heads import HEADS
 from backends.options import ServingOptions
 from backends.repository.writer import list_pipelines
 from backends.repository.writer import remove as remove_pipeline
@@ -75,6 +74,8 @@ TrustRemoteCode = Annotated[
 ChatTemplate = Annotated[str | None, typer.Option(hidden=True)]
 MaxContextBatchSize = Annotated[int | None, typer.Option(hidden=True)]
 
+# What a head serves, in the words of the API.
+_SERVED = {"dense": "embed", "sparse": "sparse", "colbert": "colbert", "tokens": "tokens", "logits": "score"}
 _PORT: dict[str, Any] = {"min": 0, "max": 65535}
 _CHECKPOINT_HELP = "A directory, package:PACKAGE/PATH, or an id of the Hugging Face hub."
 
@@ -131,7 +132,7 @@ def add(
         soft_wrap=True,
     )
     for head, reason in pipeline.reasons.items():
-        console.print(f"  {HEADS[head].task:<8} {reason}", soft_wrap=True, markup=False)
+        console.print(f"  {_SERVED[head]:<8} {reason}", soft_wrap=True, markup=False)
 
 
 @app.command()

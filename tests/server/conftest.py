@@ -87,6 +87,35 @@ def serving_kinds(tmp_path_factory, kinds):
 
 
 @pytest.fixture(scope="session")
+def classifiers(tmp_path_factory):
+    """A folder with rerankers and classifiers in the published layouts."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    make = checkpoints.classifier
+    make(folder / "bge-reranker", checkpoints.xlm_roberta, max_length=64)
+    identity = {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}
+    make(folder / "ms-marco", checkpoints.bert, **identity)
+    make(folder / "modernbert", checkpoints.modernbert, classifier_pooling="mean")
+    make(folder / "deberta", checkpoints.deberta)
+    topics = ("toxic", "rude", "spam")
+    make(folder / "multi-label", checkpoints.bert, 3, topics, problem_type="multi_label_classification")
+    make(folder / "multi-class", checkpoints.distilbert, 3, ("good", "bad", "ugly"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def serving_classifiers(tmp_path_factory, classifiers, kinds):
+    """Everything in that folder, in float32, and two embedding models."""
+    folder = tmp_path_factory.mktemp("serving-classifiers")
+    for path in sorted(classifiers.iterdir()):
+        models.add(folder / "models", str(path), path.name, {"dtype": "float32"})
+    models.add(folder / "models", str(kinds / "bge-m3"), "bge-m3", {"dtype": "float32", "task": "BGE_M3"})
+    with serve(
+        folder / "output", "--model-repository", folder / "models", GATEWAY_CANARY_INTERVAL_S="60"
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def reference():
     """The default model in sentence-transformers, float32."""
     with warnings.catch_warnings():

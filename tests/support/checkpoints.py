@@ -155,9 +155,11 @@ def _make(
     return path
 
 
-def bert(path: Path, max_length: int = 64, seed: int = 0, architecture: str = "Model") -> Path:
+def bert(
+    path: Path, max_length: int = 64, seed: int = 0, architecture: str = "Model", **settings: Any
+) -> Path:
     """A bare BertModel: config.json, weights, tokenizer."""
-    return _make(path, "Bert", architecture, max_length=max_length, seed=seed)
+    return _make(path, "Bert", architecture, max_length=max_length, seed=seed, **settings)
 
 
 def xlm_roberta(path: Path, max_length: int = 64, architecture: str = "Model", **settings: Any) -> Path:
@@ -172,17 +174,34 @@ def xlm_roberta(path: Path, max_length: int = 64, architecture: str = "Model", *
     )
 
 
-def roberta(path: Path) -> Path:
-    return _make(path, "Roberta", tokenizer=write_unigram, max_position_embeddings=66, type_vocab_size=1)
-
-
-def distilbert(path: Path, architecture: str = "Model") -> Path:
+def roberta(path: Path, architecture: str = "Model", **settings: Any) -> Path:
     return _make(
-        path, "DistilBert", architecture, dim=32, n_layers=3, n_heads=4, hidden_dim=64, num_hidden_layers=3
+        path,
+        "Roberta",
+        architecture,
+        tokenizer=write_unigram,
+        max_position_embeddings=66,
+        type_vocab_size=1,
+        pad_token_id=1,
+        **settings,
     )
 
 
-def modernbert(path: Path, architecture: str = "Model", window: int = 8) -> Path:
+def distilbert(path: Path, architecture: str = "Model", **settings: Any) -> Path:
+    return _make(
+        path,
+        "DistilBert",
+        architecture,
+        dim=32,
+        n_layers=3,
+        n_heads=4,
+        hidden_dim=64,
+        num_hidden_layers=3,
+        **settings,
+    )
+
+
+def modernbert(path: Path, architecture: str = "Model", window: int = 8, **settings: Any) -> Path:
     # Windows of 4 to either side: shorter than the sequences of the tests.
     return _make(
         path,
@@ -195,31 +214,49 @@ def modernbert(path: Path, architecture: str = "Model", window: int = 8) -> Path
         sep_token_id=3,
         bos_token_id=2,
         eos_token_id=3,
+        **settings,
     )
 
 
-def electra(path: Path, architecture: str = "Model") -> Path:
-    return _make(path, "Electra", architecture, embedding_size=16)
+def electra(path: Path, architecture: str = "Model", **settings: Any) -> Path:
+    return _make(path, "Electra", architecture, embedding_size=16, **settings)
 
 
-def albert(path: Path, architecture: str = "Model") -> Path:
-    return _make(path, "Albert", architecture, embedding_size=16)
+def albert(path: Path, architecture: str = "Model", **settings: Any) -> Path:
+    return _make(path, "Albert", architecture, embedding_size=16, **settings)
 
 
-def nomic_bert(path: Path) -> Path:
-    return _make(path, "NomicBert")
+def nomic_bert(path: Path, architecture: str = "Model", **settings: Any) -> Path:
+    return _make(path, "NomicBert", architecture, **settings)
 
 
-def gte(path: Path, architecture: str = "Model") -> Path:
-    return _make(path, "Gte", architecture, type_vocab_size=2, pad_token_id=0)
+def gte(path: Path, architecture: str = "Model", **settings: Any) -> Path:
+    return _make(path, "Gte", architecture, type_vocab_size=2, pad_token_id=0, **settings)
 
 
-def jina_v3(path: Path) -> Path:
-    return _make(path, "JinaEmbeddingsV3", tokenizer=write_unigram, type_vocab_size=1, pad_token_id=1)
+def jina_v3(path: Path, architecture: str = "Model", **settings: Any) -> Path:
+    return _make(
+        path,
+        "JinaEmbeddingsV3",
+        architecture,
+        tokenizer=write_unigram,
+        type_vocab_size=1,
+        pad_token_id=1,
+        **settings,
+    )
 
 
-def eurobert(path: Path) -> Path:
-    return _make(path, "EuroBert", num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=2)
+def eurobert(path: Path, architecture: str = "Model", **settings: Any) -> Path:
+    return _make(
+        path,
+        "EuroBert",
+        architecture,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=2,
+        **settings,
+    )
 
 
 def gemma3(path: Path) -> Path:
@@ -235,20 +272,22 @@ def gemma3(path: Path) -> Path:
     )
 
 
-def mpnet(path: Path, architecture: str = "Model") -> Path:
-    return _make(path, "MPNet", architecture, max_position_embeddings=66, pad_token_id=1)
+def mpnet(path: Path, architecture: str = "Model", **settings: Any) -> Path:
+    return _make(path, "MPNet", architecture, max_position_embeddings=66, pad_token_id=1, **settings)
 
 
-def deberta(path: Path) -> Path:
+def deberta(path: Path, architecture: str = "Model", **settings: Any) -> Path:
     return _make(
         path,
         "DebertaV2",
+        architecture,
         relative_attention=True,
         position_buckets=8,
         pos_att_type=["p2c", "c2p"],
         norm_rel_ebd="layer_norm",
         share_att_key=True,
         pad_token_id=0,
+        **settings,
     )
 
 
@@ -472,4 +511,13 @@ def own_code(path: Path) -> Path:
         path / "modules.json",
         [{"idx": i, "name": str(i), "path": p, "type": kind} for i, (p, kind) in enumerate(types)],
     )
+    return path
+
+
+def classifier(
+    path: Path, kind: Callable[..., Path], labels: int = 1, names: Sequence[str] = (), **settings: Any
+) -> Path:
+    """A *ForSequenceClassification checkpoint: a reranker with one label, a classifier with more."""
+    id2label = {i: names[i] if names else f"LABEL_{i}" for i in range(labels)}
+    kind(path, architecture="ForSequenceClassification", id2label=id2label, **settings)
     return path

@@ -7,7 +7,15 @@ import numpy as np
 import torch
 
 from backends.checkpoint import Checkpoint
-from backends.contract import DENSE, INPUT_IDS, PROMPT_LENGTH, SPARSE_INDICES, SPARSE_WEIGHTS, TOKEN_VECTORS
+from backends.contract import (
+    DENSE,
+    INPUT_IDS,
+    LOGITS,
+    PROMPT_LENGTH,
+    SPARSE_INDICES,
+    SPARSE_WEIGHTS,
+    TOKEN_VECTORS,
+)
 from backends.families import family_of
 from backends.forward import Forward, choose_forward, encode
 from backends.heads import HEADS
@@ -60,6 +68,29 @@ def run(
         chosen = {name: value for name, value in given.items() if name in spec.parameters}
         loaded.check(chosen)
         return loaded(Ragged(hidden, ids.lengths), {name: known[name] for name in wanted}, chosen)
+
+
+def logits(
+    path: Path, items: list[Any], parameters: dict[str, Any] | None = None, max_batch_tokens: int = 16384
+) -> np.ndarray:
+    """Logits [n, labels] of texts, or of pairs of texts."""
+    given = parameters or {}
+    checkpoint = Checkpoint.read(path)
+    family = family_of(checkpoint)
+    tokenizer = TextTokenizer(checkpoint, family.max_length(checkpoint))
+    settings = TokenizerSettings.read(given, checkpoint, "right")
+    if isinstance(items[0], str):
+        rows = tokenizer.encode([text.encode() for text in items], settings)
+    else:
+        rows = tokenizer.encode_pairs([(a.encode(), b.encode()) for a, b in items], settings)
+    ids = Ragged.pack([torch.from_numpy(row.ids.astype(np.int64)) for row in rows])
+    firsts = None
+    if family.tells_pairs_apart(checkpoint.config):
+        firsts = np.array([row.first_length for row in rows])
+    with torch.inference_mode():
+        hidden = encode(load_forward(checkpoint), ids, max_batch_tokens, torch.float32, None, firsts)
+        head = HEADS["logits"].load(checkpoint, CPU, torch.float32)
+        return head(Ragged(hidden, ids.lengths), {}, {})[LOGITS].numpy()
 
 
 def embed(

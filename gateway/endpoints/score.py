@@ -1,0 +1,126 @@
+"""vLLM's scores of pairs: one text against several, or two lists row by row.
+
+*Source:* vLLM 0.13, entrypoints/pooling/score.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, StrictInt
+
+from gateway import error_bodies
+from gateway.endpoints.dialect import Dialect, describe, services
+from gateway.errors import BadRequest
+from gateway.inputs import MAX_INT, read_texts
+from gateway.kinds import read_weights
+from gateway.tasks import TextOptions
+from gateway.wire import read, respond
+
+router = APIRouter()
+
+
+class ScoreRequest(BaseModel):
+    """The body of /score."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    first: Any = Field(validation_alias=AliasChoices("queries", "text_1", "data_1", "query"))
+    second: Any = Field(validation_alias=AliasChoices("documents", "items", "text_2", "data_2"))
+    model: str | None = None
+    use_activation: StrictBool | None = None
+    truncate_prompt_tokens: StrictInt | None = Field(None, ge=-1, le=MAX_INT)
+    max_tokens_per_query: StrictInt | None = Field(None, ge=1, le=MAX_INT)
+    max_tokens_per_doc: StrictInt | None = Field(None, ge=1, le=MAX_INT)
+    label_token_ids: Any = None
+    weights: dict[str, float] | list[float] | None = None
+
+
+_SCHEMA = {
+    "type": "object",
+    "required": ["text_1", "text_2"],
+    "properties": {
+        "text_1": {"description": "A text, or a list. Also: queries, data_1."},
+        "text_2": {"description": "A text, or a list. Also: documents, items, data_2."},
+        "model": {"type": "string"},
+        "use_activation": {"type": "boolean", "description": "false gives raw logits."},
+        "truncate_prompt_tokens": {
+            "type": "integer",
+            "description": "Cut a pair to so many tokens; -1: the limit.",
+        },
+    },
+}
+
+
+@router.post(
+    "/v1/score",
+    summary="Score pairs",
+    openapi_extra=describe(
+        _SCHEMA,
+        {"text_1": "what is a panda?", "text_2": ["a bear", "a car"]},
+        {
+            "id": "score-5f1c",
+            "object": "list",
+            "created": 1764000000,
+            "model": "bge-reranker",
+            "data": [{"index": 0, "object": "score", "score": 0.93}],
+            "usage": {"prompt_tokens": 18, "total_tokens": 18},
+        },
+        {"error": {"message": "text_1 has 2 texts and text_2 has 3; give one, or as many"}},
+    ),
+)
+@router.post("/score", include_in_schema=False)
+async def score(request: Request) -> Response:
+    """One against several, or row by row, in the order of the request."""
+    own = services(request)
+    body = await read(request, ScoreRequest, own.settings.max_body_bytes)
+    if body.label_token_ids is not None:
+        raise BadRequest(
+            "label_token_ids are for generative models, which are not served yet", param="label_token_ids"
+        )
+    first = read_texts(body.first, own.settings.max_documents, "text_1")
+    second = read_texts(body.second, own.settings.max_documents, "text_2")
+    if len(first) not in (1, len(second)):
+        raise BadRequest(
+            f"text_1 has {len(first)} texts and text_2 has {len(second)}; give one text and "
+            "several, or two lists of "
+            "one length",
+            param="text_1",
+        )
+    pipeline = await own.scorer.find(body.model)
+    # A limit lower than the model's own is kept by capping the second text; the first is rarely the longer.
+    limit = body.truncate_prompt_tokens
+    options = TextOptions(
+        truncation=None if limit is None else "right",
+        max_query_tokens=body.max_tokens_per_query,
+        max_document_tokens=body.max_tokens_per_doc,
+        max_tokens=limit if limit is not None and limit > 0 else None,
+    )
+    activation = "identity" if body.use_activation is False else None
+    weights = read_weights(body.weights)
+    if len(first) == 1:
+        scores = await own.scorer.rank(pipeline, first[0], second, options, activation, weights)
+    else:
+        pairs = list(zip(first, second, strict=True))
+        scores = await own.scorer.score(pipeline, pairs, options, activation, weights)
+    data: list[dict[str, Any]] = [
+        {"index": i, "object": "score", "score": value} for i, value in enumerate(scores.values.tolist())
+    ]
+    for i in scores.is_truncated.nonzero()[0].tolist():
+        data[i]["truncated"] = True
+    return respond(
+        {
+            "id": f"score-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": body.model or pipeline.served_model_name,
+            "data": data,
+            "usage": {"prompt_tokens": scores.n_tokens, "total_tokens": scores.n_tokens},
+        }
+    )
+
+
+DIALECT = Dialect(router, error_bodies.OPENAI)

@@ -1,0 +1,185 @@
+"""What is made of logits, and the two ways to a relevance score: a reranker's own, and similarity."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+
+from backends.contract import Task
+from gateway.catalog import Catalog
+from gateway.errors import AnswerTooLarge, BadRequest, WrongTask
+from gateway.inference import Array, Inference, Pipeline
+from gateway.kinds import DEFAULT_WEIGHTS, KIND_TASKS, kinds_to_tasks
+from gateway.similarity import count_products, mixed_scores
+from gateway.tasks import Items, Representations, Side, TextOptions, classify, represent_sides
+
+
+def activate(logits: Array, activation: str) -> Array:
+    """float32 [n, labels] by identity, sigmoid or softmax over the labels."""
+    values = logits.astype(np.float64)
+    if activation == "sigmoid":
+        # Both halves are written so that nothing overflows.
+        small = np.exp(-np.abs(values))
+        values = np.where(values >= 0, 1 / (1 + small), small / (1 + small))
+    elif activation == "softmax":
+        values = np.exp(values - values.max(-1, keepdims=True))
+        values /= values.sum(-1, keepdims=True)
+    result: Array = values.astype(np.float32)
+    return result
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Relevance of pairs, in the order of the request."""
+
+    values: Array
+    """float32 [n]."""
+    n_tokens: int
+    is_truncated: Array
+    """bool [n]."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores pairs with whatever model is asked for."""
+
+    inference: Inference
+    catalog: Catalog
+    calculator: Executor
+    max_products: int
+
+    async def find(self, model: str | None) -> Pipeline:
+        """A reranker, else a model whose embeddings can be compared.
+
+        Raises WrongTask, which says what the model is, or UnknownModel.
+        """
+        if not model:
+            await self.catalog.find(None)
+            known = self.catalog.pipelines
+            rerankers = [p for p in known if Task.SCORE in p.tasks] or [p for p in known if _kinds(p)]
+            if rerankers:
+                return rerankers[0]
+        found = await self.catalog.find(model)
+        if Task.SCORE in found.tasks or _kinds(found):
+            return found
+        what = (
+            f"a classifier with {len(found.labels)} labels"
+            if found.labels
+            else ", ".join(sorted(found.tasks))
+        )
+        raise WrongTask(
+            f"the model {found.served_model_name} is no reranker: it is {what}",
+            param="model",
+            code="wrong_task",
+        )
+
+    async def rank(
+        self,
+        pipeline: Pipeline,
+        query: str,
+        documents: Sequence[str],
+        options: TextOptions,
+        activation: str | None,
+        weights: Mapping[str, float] | None = None,
+    ) -> Scores:
+        """One query against documents. `activation` None is the checkpoint's own. Raises GatewayError."""
+        if Task.SCORE in pipeline.tasks:
+            return await self._classify(
+                pipeline, [(query, document) for document in documents], options, activation
+            )
+        sides, chosen = await self._sides(pipeline, [query], documents, options, weights)
+        loop = asyncio.get_running_loop()
+        values = await loop.run_in_executor(self.calculator, mixed_scores, *sides, chosen)
+        left, right = sides
+        tokens = int(left.n_tokens.sum() + right.n_tokens.sum())
+        return Scores(values[0], tokens, right.is_truncated | left.is_truncated[0])
+
+    async def score(
+        self,
+        pipeline: Pipeline,
+        pairs: Sequence[tuple[str, str]],
+        options: TextOptions,
+        activation: str | None,
+        weights: Mapping[str, float] | None = None,
+    ) -> Scores:
+        """Pairs, each for itself. Raises GatewayError."""
+        if Task.SCORE in pipeline.tasks:
+            return await self._classify(pipeline, pairs, options, activation)
+        firsts, seconds = [a for a, _ in pairs], [b for _, b in pairs]
+        (left, right), chosen = await self._sides(pipeline, firsts, seconds, options, weights)
+
+        def by_row() -> Array:
+            rows = [
+                mixed_scores(left.part(i, i + 1), right.part(i, i + 1), chosen)[0, 0]
+                for i in range(len(pairs))
+            ]
+            return np.array(rows, np.float32)
+
+        values = await asyncio.get_running_loop().run_in_executor(self.calculator, by_row)
+        tokens = int(left.n_tokens.sum() + right.n_tokens.sum())
+        return Scores(values, tokens, left.is_truncated | right.is_truncated)
+
+    async def _classify(
+        self,
+        pipeline: Pipeline,
+        pairs: Sequence[tuple[str, str]],
+        options: TextOptions,
+        activation: str | None,
+    ) -> Scores:
+        made = await classify(self.inference, pipeline, Items.of_pairs(pairs), options)
+        values = activate(made.logits, activation or pipeline.score_activation)[:, 0]
+        return Scores(values, int(made.n_tokens.sum()), made.is_truncated)
+
+    async def _sides(
+        self,
+        pipeline: Pipeline,
+        left: Sequence[str],
+        right: Sequence[str],
+        options: TextOptions,
+        weights: Mapping[str, float] | None,
+    ) -> tuple[tuple[Representations, Representations], Mapping[str, float]]:
+        chosen = weights or default_weights(pipeline)
+        missing = [kind for kind in chosen if KIND_TASKS[kind] not in pipeline.tasks]
+        if missing:
+            raise BadRequest(
+                f"the model {pipeline.served_model_name} has no {', '.join(missing)} embeddings to "
+                "compare; it has "
+                f"{', '.join(_kinds(pipeline))}",
+                param="weights",
+            )
+        sides = await represent_sides(
+            self.inference,
+            pipeline,
+            Side(Items.of_texts(left), "query"),
+            Side(Items.of_texts(right), "documents"),
+            kinds_to_tasks(chosen),
+            options,
+            has_roles=pipeline.has_roles or pipeline.has_role_prompts,
+        )
+        check_products(sides, self.max_products)
+        return sides, chosen
+
+
+def default_weights(pipeline: Pipeline) -> dict[str, float]:
+    """BGE-M3's mix for a model that has all three, else the first kind that it has."""
+    kinds = _kinds(pipeline)
+    return dict(DEFAULT_WEIGHTS) if len(kinds) == len(DEFAULT_WEIGHTS) else {kinds[0]: 1.0}
+
+
+def check_products(sides: tuple[Representations, Representations], most: int) -> None:
+    """Raises AnswerTooLarge for more work than one request may ask for."""
+    products = count_products(*sides)
+    if products > most:
+        raise AnswerTooLarge(
+            f"the scores take {products:.1e} multiplications, and one request may take {most:.1e}; "
+            "send fewer or "
+            "shorter texts at a time (the operator can raise the limit with GATEWAY_MAX_PRODUCTS)"
+        )
+
+
+def _kinds(pipeline: Pipeline) -> list[str]:
+    return [kind for kind, task in KIND_TASKS.items() if task in pipeline.tasks]
