@@ -287,10 +287,6 @@ def _max_length(
     if declared is None:
         declared = read_json(path / "tokenizer_config.json").get("model_max_length")
     own = min(int(declared) if declared is not None else NO_LIMIT, positions)
-    if wanted is not None and wanted > positions:
-        raise CheckpointError(
-            f"max_length is {wanted}, but {path} has {positions} positions; give at most {positions}"
-        )
     if wanted is None and own >= NO_LIMIT:
         raise CheckpointError(f"{path} does not tell how long a text may be; give --max-length")
     return own if wanted is None else wanted

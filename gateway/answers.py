@@ -38,11 +38,14 @@ async def embedding_items(
     for item, vector in zip(items, made.sparse or (), strict=False):
         item[names.get("sparse", "sparse")] = sparse_pairs(vector)
     for item, vectors in zip(items, made.colbert or (), strict=False):
-        item[names.get("colbert", "colbert")] = (
-            {"shape": vectors.shape, "data": to_base64(vectors)} if is_base64 else await matrix(vectors)
-        )
+        item[names.get("colbert", "colbert")] = await vectors_of(vectors, is_base64=is_base64)
     mark_truncated(items, made)
     return items
+
+
+async def vectors_of(vectors: Array, *, is_base64: bool) -> Any:
+    """Vectors [v, d] of one text as JSON will have them; in base64 with their shape."""
+    return {"shape": vectors.shape, "data": to_base64(vectors)} if is_base64 else await matrix(vectors)
 
 
 def mark_truncated(items: list[dict[str, Any]], made: Representations) -> None:

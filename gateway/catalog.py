@@ -53,7 +53,8 @@ class Catalog:
         missing = [task for task in tasks if task not in found.tasks]
         if missing:
             raise WrongTask(
-                f"the model {found.served_model_name} does not serve {', '.join(missing)}; {_offer(found)}",
+                f"the model {found.served_model_name} does not serve {', '.join(missing)}; {_offer(found)}"
+                f"{self._others(missing)}",
                 param="model",
                 code="wrong_task",
             )
@@ -63,6 +64,11 @@ class Catalog:
         if not model:
             return next((p for p in self._pipelines if p.tasks.issuperset(tasks)), None)
         return next((p for p in self._pipelines if model in (p.served_model_name, p.name)), None)
+
+    def _others(self, tasks: Sequence[Task]) -> str:
+        """Who serves what a model does not."""
+        names = [p.served_model_name for p in self._pipelines if p.tasks.issuperset(tasks)]
+        return f"; {' and '.join(tasks)} is served by {', '.join(names)}" if names else ""
 
     def _unknown(self, model: str | None, tasks: Sequence[Task]) -> GatewayError:
         if not self._pipelines:

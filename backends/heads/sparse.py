@@ -173,9 +173,8 @@ def _splade_settings(checkpoint: Checkpoint) -> tuple[str, str]:
             )
     others = [m.kind for m in checkpoint.modules if m is not module]
     if checkpoint.has_modules and others:
-        raise CheckpointError(
-            f"{checkpoint.path}/modules.json: {others[0]} beside SpladePooling is not served"
-        )
+        what = "beside SpladePooling" if module is not None else "in a sparse model"
+        raise CheckpointError(f"{checkpoint.path}/modules.json: {others[0]} {what} is not served")
     return pooling, activation
 
 

@@ -56,6 +56,9 @@ def build_pipeline(
         raise OptionError(
             f"{family.name} models overflow in {options.dtype}; give --dtype bfloat16 or float32"
         )
+    most = family.most_tokens(checkpoint)
+    if options.max_length is not None and options.max_length > most:
+        raise OptionError(f"max_length is {options.max_length}; this model takes at most {most}")
     reasons = heads_of(checkpoint, options)
     heads = tuple(reasons)
     for head in heads:

@@ -59,10 +59,31 @@ def describe(schema: dict[str, Any], example: Any, answer: Any, refusal: Any) ->
     def content(**what: Any) -> dict[str, Any]:
         return {"content": {"application/json": what}}
 
+    kind = "array" if isinstance(answer, list) else "object"
     return {
-        "requestBody": {"required": True, **content(schema=schema, example=example)},
+        "requestBody": {"required": True, **content(schema=_inlined(schema), example=example)},
         "responses": {
-            "200": {"description": "The answer", **content(schema={"type": "object"}, example=answer)},
-            "400": {"description": "What is wrong with the request", **content(example=refusal)},
+            "200": {"description": "The answer", **content(schema={"type": kind}, example=answer)},
+            "default": {"description": "What is wrong with the request, or here", **content(example=refusal)},
         },
     }
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema without references: a reference points into the document, where a part of it has no place."""
+    definitions = schema.get("$defs", {})
+
+    def inline(part: Any) -> Any:
+        if isinstance(part, list):
+            return [inline(one) for one in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            name = part["$ref"].rsplit("/", 1)[-1]
+            return inline(
+                {**definitions[name], **{key: value for key, value in part.items() if key != "$ref"}}
+            )
+        return {key: inline(value) for key, value in part.items() if key != "$defs"}
+
+    result: dict[str, Any] = inline(schema)
+    return result

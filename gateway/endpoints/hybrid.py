@@ -73,7 +73,7 @@ async def create_hybrid_embeddings(request: Request) -> Response:
             param="model",
             code="wrong_task",
         )
-    made = await represent(own.inference, pipeline, items, tasks, text_options(body, pipeline))
+    made = await represent(own.inference, pipeline, items, tasks, text_options(body, pipeline, tasks))
     is_base64 = body.encoding_format == "base64"
     return respond(
         {

@@ -66,7 +66,7 @@ async def create_embeddings(request: Request) -> Response:
     items = read_items(body.input, own.settings)
     tasks = kinds_to_tasks(body.embedding_types or ["dense"])
     pipeline = await own.catalog.find(body.model, *tasks)
-    made = await represent(own.inference, pipeline, items, tasks, text_options(body, pipeline))
+    made = await represent(own.inference, pipeline, items, tasks, text_options(body, pipeline, tasks))
     is_base64 = body.encoding_format == "base64"
     return respond(
         {

@@ -110,6 +110,7 @@ async def rerank_rtp_llm(request: Request) -> Response:
     return respond({"results": results, "total_tokens": scores.n_tokens, "model": await _name(request, body)})
 
 
+@router.post("/infinity/rerank", summary="Rerank, infinity's shape", openapi_extra=_DESCRIPTION)
 @router.post("/rerank", summary="Rerank", openapi_extra=_DESCRIPTION)
 @router.post(
     "/v1/rerank", summary="Rerank, the shapes of Cohere, Jina, Voyage, vLLM", openapi_extra=_DESCRIPTION
@@ -127,6 +128,15 @@ async def rerank(request: Request) -> Response:
     if "instruct" in content:
         return respond([_marked(_sglang_row(hit, body), hit) for hit in hits])
     answer = await _answer(request, body, scores, hits, is_document_default=True)
+    if not request.url.path.startswith("/v1/"):
+        # infinity's client insists on its own word.
+        answer["object"] = "rerank"
+    if request.url.path.startswith("/infinity/"):
+        # And LiteLLM's for infinity on documents as strings, where its other clients insist on objects.
+        answer["results"] = [
+            {**row, "document": hit.text} if "document" in row else row
+            for row, hit in zip(answer["results"], hits, strict=True)
+        ]
     if "top_k" in content or "truncation" in content:
         # Voyage's clients read `data`, and documents as strings.
         answer["data"] = [

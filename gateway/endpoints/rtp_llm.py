@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, StrictBool
 
 from backends.contract import Task
-from gateway.answers import mark_truncated, usage
+from gateway.answers import mark_truncated, usage, vectors_of
 from gateway.endpoints.dialect import Dialect, Services, describe, services
 from gateway.error_bodies import RTP_LLM
 from gateway.errors import (
@@ -30,7 +30,7 @@ from gateway.kinds import DEFAULT_WEIGHTS, KIND_TASKS, kinds_to_tasks, read_weig
 from gateway.scoring import check_products
 from gateway.similarity import mixed_scores
 from gateway.tasks import Representations, Side, SparseVector, represent, represent_sides
-from gateway.wire import in_turns, matrix, read, respond, to_base64
+from gateway.wire import in_turns, read, respond, to_base64
 
 router = APIRouter()
 
@@ -158,7 +158,7 @@ async def compare(request: Request) -> Response:
         Side(left, "left"),
         Side(right, "right"),
         tasks,
-        text_options(body, pipeline),
+        text_options(body, pipeline, tasks),
     )
     check_products(sides, own.settings.max_products)
     loop = asyncio.get_running_loop()
@@ -170,6 +170,12 @@ async def compare(request: Request) -> Response:
         "left_response": None,
         "right_response": None,
     }
+    cut = {
+        side: made.is_truncated.nonzero()[0].tolist()
+        for side, made in zip(("left", "right"), sides, strict=True)
+    }
+    if any(cut.values()):
+        answer["truncated"] = cut
     if body.return_response:
         for name, made in zip(("left_response", "right_response"), sides, strict=True):
             answers = [await _response(own, pipeline, made, kind, model) for kind in weights]
@@ -201,7 +207,7 @@ async def _create(request: Request, model: type[EmbeddingRequest], kind: str) ->
     items = read_items(body.input, own.settings)
     tasks = kinds_to_tasks([kind])
     pipeline = await own.catalog.find(body.model, *tasks)
-    made = await represent(own.inference, pipeline, items, tasks, text_options(body, pipeline))
+    made = await represent(own.inference, pipeline, items, tasks, text_options(body, pipeline, tasks))
     is_decoded = not (isinstance(body, SparseRequest) and body.return_decoded is False)
     answer = await _response(
         own,
@@ -235,7 +241,7 @@ async def _response(
         embeddings = await _sparse_maps(own, pipeline, made, is_decoded=is_decoded)
         name = "sparse_embedding"
     else:
-        embeddings = [await matrix(vectors) for vectors in made.colbert or ()]
+        embeddings = [await vectors_of(vectors, is_base64=is_base64) for vectors in made.colbert or ()]
         name = "colbert_embedding"
     data = [{"object": name, "embedding": one, "index": i} for i, one in enumerate(embeddings)]
     mark_truncated(data, made)

@@ -70,8 +70,11 @@ class SimilarityRequest(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     inputs: _Sides
-    parameters: _SimilarityParameters | None = None
+    parameters: _SimilarityParameters | None = Field(None, description="They may also stand beside inputs.")
     model: str | None = None
+    truncate: StrictBool | None = None
+    truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
+    prompt_name: str | None = None
 
 
 class TokenizeRequest(TextFields):
@@ -180,7 +183,7 @@ async def tokenize_texts(request: Request) -> Response:
         own.inference,
         pipeline,
         items,
-        text_options(body, pipeline),
+        text_options(body, pipeline, [Task.EMBED, Task.SPARSE]),
         add_special_tokens=body.add_special_tokens,
     )
     return respond(await in_turns(rows, lambda row: [_token(token) for token in row], each=1))
@@ -278,19 +281,22 @@ def _sparse_pairs(vector: SparseVector) -> list[dict[str, Any]]:
 async def _represent(own: Services, body: EmbedRequest, task: Task) -> Representations:
     items = read_items(body.inputs, own.settings, "inputs")
     pipeline = await own.catalog.find(body.model, task)
-    return await represent(own.inference, pipeline, items, [task], text_options(body.fields(), pipeline))
+    return await represent(
+        own.inference, pipeline, items, [task], text_options(body.fields(), pipeline, [task])
+    )
 
 
 async def _similarity(own: Services, body: SimilarityRequest) -> Response:
     left = Side(read_items([body.inputs.source_sentence], own.settings, "source_sentence"), "source_sentence")
     right = Side(read_items(body.inputs.sentences, own.settings, "sentences"), "sentences")
     pipeline = await own.catalog.find(body.model, Task.EMBED)
-    asked = body.parameters or _SimilarityParameters()
-    fields = EmbedRequest(inputs=None, **asked.model_dump(exclude_none=True)).fields()
-    options = text_options(fields, pipeline)
+    beside = body.model_dump(include=set(_SimilarityParameters.model_fields), exclude_none=True)
+    within = body.parameters.model_dump(exclude_none=True) if body.parameters else {}
+    fields = EmbedRequest(inputs=None, **{**beside, **within}).fields()
+    options = text_options(fields, pipeline, [Task.EMBED])
     sides = await represent_sides(own.inference, pipeline, left, right, [Task.EMBED], options)
     scores = cosine_scores(*(side.dense for side in sides if side.dense is not None))
-    return respond(scores[0], headers=_truncated(*sides))
+    return respond(scores[0], headers=_truncated(*sides, names=("source", "")))
 
 
 def _token(token: Token) -> dict[str, Any]:
@@ -304,10 +310,14 @@ def _token(token: Token) -> dict[str, Any]:
     }
 
 
-def _truncated(*made: Representations) -> dict[str, str]:
-    """The places of texts that were cut."""
-    places = np.flatnonzero(np.concatenate([one.is_truncated for one in made])).tolist()
-    return {"x-truncated-inputs": ",".join(map(str, places))} if places else {}
+def _truncated(*made: Representations, names: tuple[str, ...] = ("",)) -> dict[str, str]:
+    """The places of texts that were cut; a list with a name is told by its name."""
+    places = [
+        name or str(place)
+        for one, name in zip(made, names, strict=True)
+        for place in np.flatnonzero(one.is_truncated).tolist()
+    ]
+    return {"x-truncated-inputs": ",".join(places)} if places else {}
 
 
 DIALECT = Dialect(router, TEI)

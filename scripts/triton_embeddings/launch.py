@@ -31,10 +31,13 @@ _START_TIMEOUT_S = 1800
 # A model that is loaded but fails every request will not mend itself.
 _FAILURE_PATIENCE_S = 10
 # Where a first request to a model goes, by what the model serves.
-_ROUTES = {
-    "embed": "/v1/embeddings",
-    "sparse": "/v1/embeddings/sparse",
-    "colbert": "/v1/embeddings/colbert",
+_ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
+    "embed": ("/v1/embeddings", {"input": "Hello, world"}),
+    "sparse": ("/v1/embeddings/sparse", {"input": "Hello, world"}),
+    "colbert": ("/v1/embeddings/colbert", {"input": "Hello, world"}),
+    "score": ("/v1/rerank", {"query": "coffee", "documents": ["Starbuck", "Peets Coffee"]}),
+    "classify": ("/v1/classify", {"input": "Hello, world"}),
+    "tokens": ("/embed_all", {"inputs": "Hello, world"}),
 }
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -168,12 +171,11 @@ def _introduce(console: Console, addresses: Addresses, log: Path) -> None:
     console.print(f"\n[bold green]ready[/] at {addresses.url}   (the API: {addresses.url}/docs)\n")
     console.print(table)
     first = models[0] if models else {"id": "MODEL", "tasks": ["embed"]}
-    name = json.dumps(first["id"])
-    route = next((route for task, route in _ROUTES.items() if task in first["tasks"]), _ROUTES["embed"])
+    route, body = next((r for task, r in _ROUTES.items() if task in first["tasks"]), _ROUTES["embed"])
+    request = json.dumps({"model": first["id"], **body})
     console.print("\ntry it:\n", highlight=False)
     console.print(
-        f"  curl {addresses.url}{route} -H 'Content-Type: application/json' "
-        f'-d \'{{"model": {name}, "input": "Hello, world"}}\'\n',
+        f"  curl {addresses.url}{route} -H 'Content-Type: application/json' -d '{request}'\n",
         highlight=False,
         soft_wrap=True,
         markup=False,

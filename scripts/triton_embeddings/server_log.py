@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 _LOAD_ERROR = re.compile(r"failed to load '(?P<entry>[^']+)' version \d+: (?P<status>[^:]+): (?P<text>.*)")
+_MISSING_STEP = re.compile(
+    r"ensemble '?(?P<model>[^' ]+)'? (?P<text>contains models that are not available.*)"
+)
 
 
 def explain_exit(name: str, exit_code: int, log: Path) -> str:
@@ -19,6 +22,14 @@ def explain_exit(name: str, exit_code: int, log: Path) -> str:
                 if "KIND_GPU" in cause or "GPU" in cause:
                     cause += "; --device auto or cpu serves it without"
                 return f"the model {model} cannot be loaded: {cause} (the server's log: {log})"
+            missing = _MISSING_STEP.search(line)
+            if missing:
+                model = missing["model"]
+                return (
+                    f"the model {model} is not whole: {missing['text'].strip()}; write it anew with "
+                    "triton-embeddings "
+                    f"add (the server's log: {log})"
+                )
     return f"{name} ended with exit code {exit_code} (the server's log: {log})"
 
 

@@ -10,7 +10,7 @@ from backends.options import ServingOptions
 from backends.repository.pbtxt import ensemble_config, parse, stage_config
 from backends.repository.pipeline import build_pipeline, check_wiring
 from backends.repository.writer import list_pipelines, remove, render, write
-from tests.support.checkpoints import sentence_transformer, write_json
+from tests.support.checkpoints import sentence_transformer, write_json, xlm_roberta
 
 MEAN = {"pooling_mode": "mean"}
 
@@ -213,3 +213,12 @@ def test_an_unknown_task_lists_the_known_ones(path):
     for word in ("RERANKER", "Classifier", "SEQ_CLASSIFICATION"):
         with pytest.raises(CheckpointError, match="has no classification head that is served"):
             build(path, task=word)
+
+
+def test_max_length_is_within_the_positions_that_are_free(path, tmp_path):
+    assert build(path, max_length=64).parameters["max_length"] == "64"
+    with pytest.raises(OptionError, match="max_length is 65; this model takes at most 64"):
+        build(path, max_length=65)
+    # Two of its 66 positions are before the first token.
+    with pytest.raises(OptionError, match="max_length is 65; this model takes at most 64"):
+        build(xlm_roberta(tmp_path / "x"), max_length=65)

@@ -218,5 +218,5 @@ def test_other_sparse_modules_are_refused(tmp_path):
             for i, t in enumerate(kinds)
         ],
     )
-    with pytest.raises(CheckpointError, match="SparseAutoEncoder beside SpladePooling is not served"):
+    with pytest.raises(CheckpointError, match="SparseAutoEncoder in a sparse model is not served"):
         HEADS["sparse"].outputs(Checkpoint.read(path))

@@ -83,7 +83,7 @@ def one_line_error(result, text):
         ),
         (lambda path: None, ["--dtype", "int3"], "dtype is 'int3'; it takes one of"),
         (lambda path: None, ["--device", "tpu"], "device is 'tpu'"),
-        (lambda path: None, ["--max-length", "100"], "has 64 positions; give at most 64"),
+        (lambda path: None, ["--max-length", "100"], "max_length is 100; this model takes at most 64"),
         (lambda path: None, ["--TASK_TYPE", "FROB"], "task is 'FROB'; it takes embed,"),
         (lambda path: None, ["--model_type", "gpt2"], "--model-type is 'gpt2', but"),
         (lambda path: None, ["--threads", "0"], "threads is 0; it takes a number of at least 1"),

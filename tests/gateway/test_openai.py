@@ -119,7 +119,7 @@ async def test_extras_become_request_parameters(client, inference, fields, param
         ({"input": [[1], []]}, "input[1] is an empty list", "input"),
         (
             {"input": [1, "a"]},
-            "input[0] holds a string; a list of token ids holds whole numbers only",
+            "input[1] is a string; after a token id, every item must be one",
             "input",
         ),
         ({"input": [[1.5]]}, "input[0] holds a number that is not whole", "input"),
@@ -146,7 +146,7 @@ async def test_extras_become_request_parameters(client, inference, fields, param
             "dimensions",
         ),
         ({"input": "a", "dimensions": 9}, "dimensions is 9; org/tiny takes 1 to 8", "dimensions"),
-        ({"input": "a", "dimensions": "4"}, "dimensions is '4': it should be a valid integer", "dimensions"),
+        ({"input": "a", "dimensions": "4"}, "dimensions is '4': it should be a whole number", "dimensions"),
         (
             {"input": "a", "encoding_format": "hex"},
             "'hex': it should be 'float' or 'base64'",
@@ -294,7 +294,9 @@ async def test_a_model_for_another_task_says_what_it_serves():
             "the first that serves the task"
         )
     assert answer.status_code == 400
-    assert error_of(answer)["message"] == "the model other does not serve embed; it serves score"
+    assert error_of(answer)["message"] == (
+        "the model other does not serve embed; it serves score; embed is served by org/tiny"
+    )
 
 
 async def test_a_client_that_leaves_while_it_sends_is_no_error(inference, caplog):

@@ -216,3 +216,18 @@ def test_a_classifier_is_no_reranker(serving_classifiers):
         status, answer = serving_classifiers.post(body, path)
         assert status == 400
         assert "multi-class is no reranker: it is a classifier with 3 labels" in json.dumps(answer)
+
+
+def test_clients_of_other_makers(serving_classifiers, classifiers):
+    documents = DOCUMENTS[:4]
+    got = ask(
+        "rerank_clients", url=serving_classifiers.url, model="bge-reranker", query=QUERY, documents=documents
+    )
+    scores = cross_encoder(str(classifiers / "bge-reranker")).predict([(QUERY, d) for d in documents])
+    best = np.argsort(-scores, kind="stable")[:3].tolist()
+    assert got.pop("cohere error") == "documents is an empty list; send at least one text"
+    assert len(got) == 10
+    # LlamaIndex names no model: it gets the first reranker, whose scores these are, too.
+    for name, rows in got.items():
+        assert [row[0] for row in rows] == best, f"{name}: {rows}"
+        np.testing.assert_allclose([row[1] for row in rows], scores[best], atol=TOLERANCE, err_msg=name)

@@ -21,4 +21,5 @@ def ask(oracle: str, **question: Any) -> Any:
         cwd="/",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout[done.stdout.index("{") :])
+    # Some libraries print on their own account.
+    return json.loads(done.stdout.strip().splitlines()[-1])
