@@ -256,3 +256,86 @@ def test_a_text_without_any_token_is_refused(tmp_path):
     tokenizer = TextTokenizer(Checkpoint.read(path), 48)
     assert len(encode(tokenizer, "abc")[0].ids) == 3
     assert "no tokens at all" in refusal(tokenizer, "abc", " ").message
+
+
+def encode_pairs(tokenizer, *pairs, **parameters):
+    settings = TokenizerSettings.read(parameters, tokenizer.checkpoint, parameters.get("truncation", "error"))
+    return tokenizer.encode_pairs([(a.encode(), b.encode()) for a, b in pairs], settings)
+
+
+def test_pairs_equal_transformers(minilm, reference):
+    texts = list(sentences(120))
+    pairs = [
+        *list(zip(texts[::2], texts[1::2], strict=True)),
+        ("a", " ".join(texts[:40])),
+        (" ".join(texts), "b"),
+    ]
+    for side in ("right", "left"):
+        reference.truncation_side = side
+        expected = reference(
+            [a for a, _ in pairs], [b for _, b in pairs], truncation="longest_first", max_length=64
+        )
+        short = TextTokenizer(minilm.checkpoint, 64)
+        got = encode_pairs(short, *pairs, truncation=side)
+        assert [row.ids.tolist() for row in got] == expected["input_ids"]
+        types = [[0] * row.first_length + [1] * row.n_second for row in got]
+        assert types == expected["token_type_ids"]
+        assert any(row.is_truncated for row in got)
+        assert not all(row.is_truncated for row in got)
+
+
+def test_only_the_document_is_cut(minilm):
+    short = TextTokenizer(minilm.checkpoint, 20)
+    (row,) = encode_pairs(short, ("one two three four five", "word " * 50), truncation="document")
+    assert len(row.ids) == 20
+    assert (row.first_length, row.n_second) == (7, 13)
+    (long,) = encode_pairs(short, ("word " * 50, "word " * 50), truncation="document")
+    assert (long.first_length, long.n_second) == (14, 6), "the query keeps three quarters of the room"
+
+
+def test_caps_of_queries_and_documents(minilm):
+    pair = ("word " * 9, "word " * 9)
+    (row,) = encode_pairs(minilm, pair, max_query_tokens=3, max_document_tokens=4)
+    assert (row.first_length, row.n_second, row.is_truncated) == (5, 5, True)
+    (row,) = encode_pairs(minilm, pair, max_tokens=10, truncation="right")
+    assert len(row.ids) == 10
+    with pytest.raises(
+        RequestError, match="max_tokens is 4, which leaves no room for a pair; give at least 5"
+    ):
+        encode_pairs(minilm, pair, max_tokens=4)
+    with pytest.raises(RequestError, match="max_query_tokens is 0; it takes a whole number of at least 1"):
+        encode_pairs(minilm, pair, max_query_tokens=0)
+
+
+def test_a_text_in_many_pairs_is_tokenised_once(minilm, monkeypatch):
+    seen = []
+    encode_texts = minilm._encode_texts
+    monkeypatch.setattr(
+        minilm, "_encode_texts", lambda texts, s: seen.extend(texts) or encode_texts(texts, s)
+    )
+    rows = encode_pairs(minilm, *[("the query", f"document {i % 3}") for i in range(9)])
+    assert sorted(seen) == ["document 0", "document 1", "document 2", "the query"]
+    assert [row.ids.tolist() for row in rows[:3]] == [row.ids.tolist() for row in rows[3:6]]
+
+
+def test_a_pair_over_the_limit_is_refused_by_its_place(minilm):
+    with pytest.raises(RequestError, match="the pair has 307 tokens, and this model takes 256") as caught:
+        encode_pairs(minilm, ("a", "b"), ("word " * 300, "one two three four"))
+    assert caught.value.failure.item == 1
+
+
+def test_pairs_without_a_post_processor(tmp_path):
+    path = sentence_transformer(tmp_path / "c", MEAN)
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["post_processor"] = None
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = TextTokenizer(Checkpoint.read(path), 48)
+    (row,) = encode_pairs(tokenizer, ("the", "value"))
+    assert [tokenizer.tokenizer.id_to_token(int(i)) for i in row.ids] == [
+        "[CLS]",
+        "the",
+        "[SEP]",
+        "value",
+        "[SEP]",
+    ]
+    assert row.first_length == 3

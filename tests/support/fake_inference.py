@@ -14,6 +14,7 @@ from backends.contract import (
     DENSE,
     INPUT_IDS,
     IS_SPECIAL,
+    LOGITS,
     N_TOKENS,
     SPARSE_COUNT,
     SPARSE_INDICES,
@@ -45,7 +46,7 @@ PIPELINE = Pipeline(
 KINDS = Pipeline(
     name="m3",
     served_model_name="org/m3",
-    tasks=frozenset(Task),
+    tasks=frozenset({Task.EMBED, Task.SPARSE, Task.COLBERT, Task.TOKENS}),
     family="xlm_roberta",
     dimensions=8,
     max_length=16,
@@ -54,9 +55,28 @@ KINDS = Pipeline(
     checkpoint="hub:org/m3@abc",
     pooling="cls",
 )
-"""A model with every head."""
+"""A model with every head for embeddings."""
 ROLES = replace(
     KINDS, name="late", served_model_name="org/late", tasks=frozenset({Task.COLBERT}), has_roles=True
+)
+RERANKER = replace(
+    PIPELINE,
+    name="reranker",
+    served_model_name="org/reranker",
+    tasks=frozenset({Task.SCORE, Task.CLASSIFY}),
+    dimensions=None,
+    labels=("LABEL_0",),
+    score_activation="sigmoid",
+    label_activation="sigmoid",
+)
+CLASSIFIER = replace(
+    RERANKER,
+    name="classifier",
+    served_model_name="org/classifier",
+    tasks=frozenset({Task.CLASSIFY}),
+    labels=("good", "bad", "ugly"),
+    score_activation="identity",
+    label_activation="softmax",
 )
 
 
@@ -85,6 +105,8 @@ class FakeInference:
         self._last[pipeline.name] = time.monotonic()
         if stage == "tokenizer":
             return self._tokenizer(items, parameters)
+        if LOGITS in outputs:
+            return self._logits(pipeline, items, outputs)
         role = str(parameters.get("role", "")).encode()
         rows = {
             DENSE: np.stack([vector(item, parameters.get("dimensions", 8)) for item in items]),
@@ -101,6 +123,19 @@ class FakeInference:
             VECTOR_COUNT: np.array([[len(item)] for item in items], np.int32),
             TOKEN_EMBEDDINGS: [np.stack([vector(bytes([c])) for c in item]) for item in items],
             TOKEN_IDS: [np.frombuffer(item, np.uint8).astype(np.int32) for item in items],
+        }
+        return {name: rows[name] for name in outputs}
+
+    def _logits(self, pipeline, items, outputs):
+        """Of a pair the letters that both have; of a text its length, its length but one, and so on."""
+        sizes = [len(item) if isinstance(item, bytes) else sum(map(len, item)) for item in items]
+        firsts = [
+            len(item) if isinstance(item, bytes) else len(set(item[0]) & set(item[1])) for item in items
+        ]
+        rows = {
+            LOGITS: np.array([[n - i for i in range(len(pipeline.labels))] for n in firsts], np.float32),
+            N_TOKENS: np.array([[size] for size in sizes], np.int32),
+            TRUNCATED: np.array([[size > 16] for size in sizes]),
         }
         return {name: rows[name] for name in outputs}
 
