@@ -90,9 +90,19 @@ _ANSWER = {
 }
 _REFUSAL = {"message": "documents is an empty list; send at least one text"}
 _DESCRIPTION = describe(RerankRequest.model_json_schema(), _QUESTION, _ANSWER, _REFUSAL)
+_RTP_LLM_DESCRIPTION = describe(
+    RerankRequest.model_json_schema(),
+    _QUESTION,
+    {
+        "results": [{"index": 2, "relevance_score": 3.4, "document": "Peets Coffee"}],
+        "total_tokens": 24,
+        "model": "bge-reranker",
+    },
+    {"error_code": 507, "error_code_str": "507_ERROR_INPUT_FORMAT_ERROR", **_REFUSAL},
+)
 
 
-@router.post("/v1/reranker", summary="Rerank, RTP-LLM's shape", openapi_extra=_DESCRIPTION)
+@router.post("/v1/reranker", summary="Rerank, RTP-LLM's shape", openapi_extra=_RTP_LLM_DESCRIPTION)
 async def rerank_rtp_llm(request: Request) -> Response:
     """Raw logits, unless `normalize` is true; documents as strings."""
     speak(request, error_bodies.RTP_LLM)

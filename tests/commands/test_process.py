@@ -243,3 +243,17 @@ def test_a_server_on_the_path_is_taken_and_our_own_command_is_not(tmp_path, monk
     server = server_binary.find_server()
     assert server.path == tmp_path / "theirs" / "tritonserver"
     assert server.arguments == ()
+
+
+def test_an_entry_that_is_not_whole_is_named(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        "E1 model_repository_manager.cc:703] Invalid argument: ensemble tiny contains models that "
+        "are not available "
+        "or ambiguous: tiny.tokens\n"
+    )
+    text = explain_exit("tritonserver", 1, log)
+    assert text.startswith(
+        "the model tiny is not whole: contains models that are not available or ambiguous: tiny."
+    )
+    assert "write it anew with triton-embeddings add" in text

@@ -270,3 +270,33 @@ async def test_no_model_serves_it():
     async with running(FakeInference([PIPELINE])) as client:
         answer = await post(client, "/v1/embeddings/sparse", {"input": "a"}, 400)
     assert answer["message"] == "no model here serves sparse; org/tiny serves embed"
+
+
+async def test_what_was_cut_of_either_side_is_told(kinds):
+    body = {"left": ["a", "b" * 20], "right": ["c" * 30]}
+    answer = await post(kinds, "/v1/embeddings/similarity", body)
+    assert answer["truncated"] == {"left": [1], "right": [0]}
+    assert "truncated" not in await post(kinds, "/v1/embeddings/similarity", {"left": "a", "right": "b"})
+
+
+async def test_colbert_in_base64(kinds):
+    body = {"input": "ab", "model": "org/m3", "encoding_format": "base64"}
+    (item,) = (await post(kinds, "/v1/embeddings/colbert", body))["data"]
+    vectors = np.frombuffer(base64.b64decode(item["embedding"]["data"]), "<f4")
+    np.testing.assert_array_equal(vectors.reshape(item["embedding"]["shape"]), [vector(b"a"), vector(b"b")])
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "text"),
+    [
+        ("colbert", {"dimensions": 4}, "dimensions is for dense embeddings, which are not asked for here"),
+        ("dense", {"top_k": 4}, "top_k is for sparse embeddings, which are not asked for here"),
+        ("similarity", {"embedding_config": 3}, "embedding_config is 3: it should be an object"),
+        ("similarity", {"type": "hybrid", "weights": {"dense": "x"}}, "weights.dense is 'x'"),
+        ("sparse", {"model": "org/late"}, "it serves colbert; sparse is served by org/m3"),
+    ],
+)
+async def test_what_cannot_be_honoured_is_refused(kinds, path, fields, text):
+    body = {"input": "a", "left": "a", "right": "b", "model": "org/m3", **fields}
+    answer = await post(kinds, f"/v1/embeddings/{path}", body, 400)
+    assert text in answer["message"]
