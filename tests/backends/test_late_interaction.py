@@ -6,7 +6,8 @@ import pytest
 from backends.checkpoint import Checkpoint
 from backends.errors import RequestError
 from backends.late_interaction import PUNCTUATION, late_interaction_of
-from backends.tokenization import TextTokenizer, TokenizerSettings
+from backends.tokenization import TextTokenizer
+from backends.tokenizer_settings import TokenizerSettings
 from tests.support.checkpoints import bert, bge_m3, pylate, sentence_transformer, stanford, write_json
 
 

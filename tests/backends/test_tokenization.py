@@ -8,7 +8,8 @@ from backends.checkpoint import Checkpoint
 from backends.contract import TOKEN_DTYPE, ErrorCode
 from backends.errors import CheckpointError, RequestError
 from backends.source import resolve
-from backends.tokenization import TextTokenizer, TokenizerSettings
+from backends.tokenization import TextTokenizer
+from backends.tokenizer_settings import TokenizerSettings
 from tests.support.checkpoints import sentence_transformer
 from tests.support.sentences import sentences
 

@@ -21,7 +21,8 @@ from backends.forward import Forward, choose_forward, encode
 from backends.heads import HEADS
 from backends.late_interaction import late_interaction_of
 from backends.ragged import Ragged
-from backends.tokenization import TextTokenizer, TokenizerSettings
+from backends.tokenization import TextTokenizer
+from backends.tokenizer_settings import TokenizerSettings
 
 CPU = torch.device("cpu")
 

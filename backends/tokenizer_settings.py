@@ -1,0 +1,103 @@
+"""What one request asks of the tokenizer, read from its parameters over the checkpoint's defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from backends.checkpoint import Checkpoint
+from backends.contract import ROLES, TRUNCATIONS, ErrorCode, RequestParameter
+from backends.errors import RequestError
+from backends.late_interaction import LateInteraction
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What one request asks of the tokenizer."""
+
+    prompt: str = ""
+    truncation: str = "error"
+    has_ids: bool = False
+    role: str | None = None
+    """query or document, for a model that tells them apart."""
+    max_tokens: int | None = None
+    max_query_tokens: int | None = None
+    max_document_tokens: int | None = None
+
+    @classmethod
+    def read(
+        cls,
+        parameters: Mapping[str, Any],
+        checkpoint: Checkpoint,
+        truncation: str,
+        late: LateInteraction | None = None,
+    ) -> TokenizerSettings:
+        """From request parameters, over the checkpoint's defaults. Raises RequestError."""
+        wanted = parameters.get(RequestParameter.TRUNCATION, truncation)
+        if wanted not in TRUNCATIONS:
+            raise RequestError(
+                ErrorCode.INVALID_INPUT, f"truncation is {wanted!r}; it takes one of {', '.join(TRUNCATIONS)}"
+            )
+        text_format = parameters.get(RequestParameter.TEXT_FORMAT, "text")
+        if text_format not in ("text", "ids"):
+            raise RequestError(
+                ErrorCode.INVALID_INPUT, f"text_format is {text_format!r}; it takes text or ids"
+            )
+        role = read_role(parameters)
+        if late is not None and late.has_roles:
+            # *Source:* sentence-transformers takes a text without a role for a document.
+            role = role or "document"
+            prompts = late.prompts
+        else:
+            prompts = checkpoint.role_prompts
+        named = {**checkpoint.prompts, **prompts}
+        of_role = prompts.get(role) if role else None
+        prompt = _prompt(parameters, named, of_role, checkpoint.default_prompt_name)
+        caps = [_read_cap(parameters, name) for name in _CAPS]
+        return cls(prompt, wanted, text_format == "ids", role, *caps)
+
+
+_CAPS = (RequestParameter.MAX_TOKENS, RequestParameter.MAX_QUERY_TOKENS, RequestParameter.MAX_DOCUMENT_TOKENS)
+
+
+def _read_cap(parameters: Mapping[str, Any], name: str) -> int | None:
+    value = parameters.get(name)
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (is_number and value >= 1):
+        raise RequestError(
+            ErrorCode.INVALID_INPUT, f"{name} is {value!r}; it takes a whole number of at least 1"
+        )
+    return value
+
+
+def read_role(parameters: Mapping[str, Any]) -> str | None:
+    """The request's role. Raises RequestError for one that does not exist."""
+    role: str | None = parameters.get(RequestParameter.ROLE)
+    if role is not None and role not in ROLES:
+        raise RequestError(ErrorCode.INVALID_INPUT, f"role is {role!r}; it takes one of {', '.join(ROLES)}")
+    return role
+
+
+def _prompt(
+    parameters: Mapping[str, Any], prompts: Mapping[str, str], of_role: str | None, default_name: str | None
+) -> str:
+    literal = parameters.get(RequestParameter.PROMPT)
+    if literal is not None:
+        if not isinstance(literal, str):
+            raise RequestError(ErrorCode.INVALID_PROMPT, f"prompt is {literal!r}; it takes a string")
+        return literal
+    name = parameters.get(RequestParameter.PROMPT_NAME)
+    if name is None and of_role is not None:
+        return of_role
+    name = name or default_name
+    if name is None:
+        return ""
+    if name not in prompts:
+        known = ", ".join(repr(p) for p in prompts) or "none"
+        raise RequestError(
+            ErrorCode.UNKNOWN_PROMPT,
+            f"prompt_name is {name!r}, which this model does not have; its prompts: {known}. "
+            "A prompt of your own goes into the parameter prompt",
+        )
+    return prompts[name]
