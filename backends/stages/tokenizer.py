@@ -34,7 +34,8 @@ from backends.families import family_of
 from backends.heads import HEADS
 from backends.late_interaction import late_interaction_of
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
-from backends.tokenization import TextTokenizer, TokenizerSettings, Tokens
+from backends.tokenization import TextTokenizer, Tokens
+from backends.tokenizer_settings import TokenizerSettings
 
 _PROMPTING = frozenset({RequestParameter.PROMPT, RequestParameter.PROMPT_NAME, RequestParameter.ROLE})
 _DESCRIPTION = frozenset({TOKEN_TEXTS, TOKEN_SPANS, IS_SPECIAL})
