@@ -2,7 +2,8 @@
 
 Truncation keeps special tokens and is cheap: of a text that is far over the limit only so many characters
 are tokenised as the limit can hold. The kept tokens are those of the whole text, unless it has no blank for
-so long that the cut falls into a word which still counts.
+so long that the cut falls into a word which still counts; of a pair of which both texts are far over the
+limit one token more or less may go to either.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class TextTokenizer:
         known = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self.vocab_size = min(known, int(checkpoint.config.get("vocab_size") or known))
         self.prefix, self.suffix = special_tokens(self.tokenizer, checkpoint)
-        self.pair = pair_template(self.tokenizer, self.prefix, self.suffix)
+        self.pair = pair_template(self.tokenizer, checkpoint, self.prefix, self.suffix)
         self.expansion = late.expansion if late is not None else None
         if self.expansion is not None:
             self.expansion_id = expansion_id(self.tokenizer, checkpoint, self.expansion)
@@ -176,7 +177,10 @@ class TextTokenizer:
                 index,
             )
         if is_over:
-            sizes = _pair_sizes(len(a), len(b), room, settings.truncation)
+            # Where a text is far over the limit its tokens are not all known, but about how many there are
+            # is.
+            known = (len(a) + unread[0], len(b) + unread[1])
+            sizes = _pair_sizes(*known, room, limit, settings.truncation)
             side = slice_left if settings.truncation == "left" else slice_right
             a, b = side(a, sizes[0]), side(b, sizes[1])
         whole, n_second = self.pair.join(a, b)
@@ -342,14 +346,14 @@ class TextTokenizer:
         return tuple(self.tokenizer.encode(prompt, add_special_tokens=False).ids)
 
 
-def _pair_sizes(first: int, second: int, room: int, truncation: str) -> tuple[int, int]:
-    """How many tokens of each text stay, of `room` in all.
+def _pair_sizes(first: int, second: int, room: int, limit: int, truncation: str) -> tuple[int, int]:
+    """How many tokens of each text stay, of `room` in all, which is `limit` without special tokens.
 
     *Source:* tokenizers 0.23 truncate_encodings (longest_first); for `document` FlagEmbedding 1.4.2, which
-    keeps three quarters of the room for the query at most.
+    keeps three quarters of the limit for the query at most.
     """
     if truncation == "document":
-        first = min(first, room * 3 // 4)
+        first = min(first, limit * 3 // 4)
         return first, min(second, room - first)
     shorter = min(first, second)
     longer = shorter if shorter > room else max(shorter, room - shorter)

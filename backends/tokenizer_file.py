@@ -158,6 +158,8 @@ class PairTemplate:
     behind: TokenIds
     n_between_first: int
     """Tokens of `between` that have the type of the first text."""
+    has_types: bool
+    """Whether the second text has a type of its own."""
 
     @property
     def count(self) -> int:
@@ -167,17 +169,22 @@ class PairTemplate:
     def join(self, first: TokenIds, second: TokenIds) -> tuple[TokenIds, int]:
         """The whole sequence, and how many of its last tokens have the type of the second text."""
         n_second = len(self.between) - self.n_between_first + len(second) + len(self.behind)
+        n_second = n_second if self.has_types else 0
         return np.concatenate([self.before, first, self.between, second, self.behind]), n_second
 
 
-def pair_template(tokenizer: Tokenizer, prefix: TokenIds, suffix: TokenIds) -> PairTemplate | None:
+def pair_template(
+    tokenizer: Tokenizer, checkpoint: Checkpoint, prefix: TokenIds, suffix: TokenIds
+) -> PairTemplate | None:
     """The post-processor's template of a pair, as it puts it around a probe; None where it has none.
 
     A BERT tokenizer without a post-processor has [CLS] A [SEP] B [SEP] all the same.
     """
+    names = checkpoint.tokenizer_config.get("model_input_names")
+    is_told = not isinstance(names, list) or "token_type_ids" in names
     if tokenizer.post_processor is None:
         is_bert = len(prefix) == len(suffix) == 1
-        return PairTemplate(prefix, suffix, suffix, 1) if is_bert else None
+        return PairTemplate(prefix, suffix, suffix, 1, is_told) if is_bert else None
     probes = "a", "b"
     first, second = (tokenizer.encode(probe, add_special_tokens=False).ids for probe in probes)
     whole = tokenizer.encode(*probes, add_special_tokens=True)
@@ -188,7 +195,9 @@ def pair_template(tokenizer: Tokenizer, prefix: TokenIds, suffix: TokenIds) -> P
     end = start + len(first)
     parts = whole.ids[:start], whole.ids[end:place], whole.ids[place + len(second) :]
     before, between, behind = (np.array(part, np.int32) for part in parts)
-    return PairTemplate(before, between, behind, sum(kind == 0 for kind in whole.type_ids[end:place]))
+    n_between_first = sum(kind == 0 for kind in whole.type_ids[end:place])
+    has_types = is_told and whole.type_ids[place] == 1
+    return PairTemplate(before, between, behind, n_between_first, has_types)
 
 
 def _find(ids: list[int], part: list[int], start: int) -> int:

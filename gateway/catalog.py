@@ -62,7 +62,9 @@ class Catalog:
 
     def _match(self, model: str | None, tasks: Sequence[Task]) -> Pipeline | None:
         if not model:
-            return next((p for p in self._pipelines if p.tasks.issuperset(tasks)), None)
+            able = [p for p in self._pipelines if p.tasks.issuperset(tasks)]
+            # A reranker can be asked for its logits, but who asks for classes means a classifier.
+            return min(able, key=lambda p: Task.CLASSIFY in tasks and Task.SCORE in p.tasks, default=None)
         return next((p for p in self._pipelines if model in (p.served_model_name, p.name)), None)
 
     def _others(self, tasks: Sequence[Task]) -> str:

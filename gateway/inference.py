@@ -51,6 +51,8 @@ _CHANNEL_OPTIONS = [
 ]
 _LARGE = frozenset({TOKEN_VECTORS, TOKEN_EMBEDDINGS})
 _LARGE_PARTS = 4
+# Of a long query that goes with each of thousands of documents only so much is in flight at once.
+_LARGE_REQUEST_BYTES = 32 * 2**20
 # A sparse weight becomes an object of 40 characters, four times what it takes of a dense vector.
 _JSON_WEIGHT = {SPARSE_INDICES: 4, SPARSE_WEIGHTS: 4}
 # A stub that died is noticed by nobody but the request that meets it; the model cannot answer until it is
@@ -167,7 +169,8 @@ class GrpcInference:
         asked = list(dict.fromkeys([*outputs, *(COUNT_OF[name] for name in outputs if name in COUNT_OF)]))
         model = pipeline.name if stage is None else entry_name(pipeline.name, stage)
         # Answers with a vector for each token are a thousand times larger than their texts: a few at a time.
-        gate = asyncio.Semaphore(_LARGE_PARTS if _LARGE & set(outputs) else len(parts))
+        is_large = bool(_LARGE & set(outputs)) or sum(map(_size, items)) > _LARGE_REQUEST_BYTES
+        gate = asyncio.Semaphore(_LARGE_PARTS if is_large else len(parts))
         size = 0
 
         async def infer_part(part: Sequence[int]) -> dict[str, Array]:
@@ -303,6 +306,11 @@ def _status(code: grpc.StatusCode) -> str:
     return f"StatusCode.{code.name}"
 
 
+def _size(item: Item) -> int:
+    """Bytes of a text or pair."""
+    return len(item) if isinstance(item, bytes) else len(item[0]) + len(item[1])
+
+
 def _cut(items: Sequence[Item], pipeline: Pipeline) -> list[list[int]]:
     """Indices of the items of each server request: of about one size, so that none waits for a much longer
     one.
@@ -310,7 +318,7 @@ def _cut(items: Sequence[Item], pipeline: Pipeline) -> list[list[int]]:
     Within the model's batch size, and within its token budget as far as bytes tell: a token of natural text
     has two bytes and more.
     """
-    lengths = [len(item) if isinstance(item, bytes) else sum(map(len, item)) for item in items]
+    lengths = list(map(_size, items))
     sizes = [min(length // 2 + 2, pipeline.max_length) for length in lengths]
     if len(items) <= pipeline.max_batch_size and sum(sizes) <= pipeline.max_batch_tokens:
         return [list(range(len(items)))]

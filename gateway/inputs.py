@@ -204,18 +204,32 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "an object")
 
 
-def read_text(value: Any, field: str) -> str:
-    """One text, as a string or as {"text": ...}. Raises BadRequest."""
-    text = _text_of(value)
+def read_text(value: Any, field: str, *, may_be_empty: bool = False) -> str:
+    """One text: a string, {"text": ...}, or content parts of which all are texts. Raises BadRequest."""
+    text = _join_parts(value, field)
     if not isinstance(text, str):
         raise BadRequest(f'{field} is {_kind(value)}; it takes a text, or {{"text": "..."}}', param=field)
-    if not text:
+    if not text and not may_be_empty:
         raise EmptyInput(f"{field} is an empty string; send some text", param=field.split("[")[0])
     return text
 
 
+def _join_parts(value: Any, field: str) -> Any:
+    """The text of an object or of content parts, as vLLM and SGLang take them; anything else as it is."""
+    if isinstance(value, dict) and isinstance(value.get("content"), (list, str)):
+        value = value["content"]
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        kinds = [str(part.get("type", "text")) for part in value]
+        other = [kind for kind in kinds if kind != "text"]
+        if other:
+            raise BadRequest(f"{field} holds a part of type {other[0]!r}; only texts are served", param=field)
+        return "".join(str(part.get("text", "")) for part in value)
+    # An object may carry an id and what else its owner needs beside its text.
+    return value["text"] if isinstance(value, dict) and isinstance(value.get("text"), str) else value
+
+
 def read_texts(value: Any, most: int, field: str, rank_fields: Sequence[str] | None = None) -> list[str]:
-    """A list of texts, or one. Raises BadRequest, which names the item at fault.
+    """A list of texts, or one; texts may be empty. Raises BadRequest, which names the item at fault.
 
     `rank_fields` names the entries of documents that are objects; their values are read as Cohere does, a
     line each.
@@ -227,13 +241,18 @@ def read_texts(value: Any, most: int, field: str, rank_fields: Sequence[str] | N
         raise BadRequest(
             f"{field} has {len(items)} texts; at most {most} can be sent in one request", param=field
         )
-    return [read_text(_fields_of(item, rank_fields), f"{field}[{i}]") for i, item in enumerate(items)]
+    return [
+        read_text(_fields_of(item, rank_fields, f"{field}[{i}]"), f"{field}[{i}]", may_be_empty=True)
+        for i, item in enumerate(items)
+    ]
 
 
-def _fields_of(item: Any, rank_fields: Sequence[str] | None) -> Any:
-    if not isinstance(item, dict):
+def _fields_of(item: Any, rank_fields: Sequence[str] | None, field: str) -> Any:
+    if not isinstance(item, dict) or not rank_fields:
         return item
-    if rank_fields:
-        return "\n".join(f"{name}: {item[name]}" for name in rank_fields if name in item)
-    # A document may carry its id and what else its owner needs beside its text.
-    return item["text"] if isinstance(item.get("text"), str) else item
+    found = {name: item[name] for name in rank_fields if item.get(name) is not None}
+    if not found:
+        raise BadRequest(f"{field} has none of the rank_fields {', '.join(rank_fields)}", param="rank_fields")
+    if len(rank_fields) == 1:
+        return str(*found.values())
+    return "\n".join(f"{name}: {text}" for name, text in found.items())

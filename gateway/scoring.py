@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from gateway.inference import Array, Inference, Pipeline
 from gateway.kinds import DEFAULT_WEIGHTS, KIND_TASKS, kinds_to_tasks
 from gateway.similarity import count_products, mixed_scores
 from gateway.tasks import Items, Representations, Side, TextOptions, classify, represent_sides
+
+# The tokenizer looks at no more of a text for each token of the limit (backends/tokenization.py).
+_CHARS_PER_TOKEN = 256
 
 
 def activate(logits: Array, activation: str) -> Array:
@@ -38,6 +41,8 @@ class Scores:
 
     values: Array
     """float32 [n]."""
+    raw: Array
+    """float32 [n]: the same before the activation, which makes equals of what is not."""
     n_tokens: int
     is_truncated: Array
     """bool [n]."""
@@ -60,11 +65,11 @@ class Scorer:
         if not model:
             await self.catalog.find(None)
             known = self.catalog.pipelines
-            rerankers = [p for p in known if Task.SCORE in p.tasks] or [p for p in known if _kinds(p)]
+            rerankers = [p for p in known if Task.SCORE in p.tasks] or [p for p in known if kinds_of(p)]
             if rerankers:
                 return rerankers[0]
         found = await self.catalog.find(model)
-        if Task.SCORE in found.tasks or _kinds(found):
+        if Task.SCORE in found.tasks or kinds_of(found):
             return found
         what = (
             f"a classifier with {len(found.labels)} labels"
@@ -85,18 +90,25 @@ class Scorer:
         options: TextOptions,
         activation: str | None,
         weights: Mapping[str, float] | None = None,
+        field: str = "documents",
     ) -> Scores:
-        """One query against documents. `activation` None is the checkpoint's own. Raises GatewayError."""
+        """One query against documents, which the client calls `field`. `activation` None is the checkpoint's
+        own.
+
+        Raises GatewayError.
+        """
         if Task.SCORE in pipeline.tasks:
-            return await self._classify(
-                pipeline, [(query, document) for document in documents], options, activation
-            )
-        sides, chosen = await self._sides(pipeline, [query], documents, options, weights)
+            query = shorten(query, pipeline, options)
+            pairs = [(query, shorten(document, pipeline, options)) for document in documents]
+            return await self._classify(pipeline, pairs, options, activation, field)
+        names = ("query", field)
+        sides, chosen = await self._sides(pipeline, [query], documents, options, weights, names)
+        check_products([sides], self.max_products)
         loop = asyncio.get_running_loop()
         values = await loop.run_in_executor(self.calculator, mixed_scores, *sides, chosen)
         left, right = sides
         tokens = int(left.n_tokens.sum() + right.n_tokens.sum())
-        return Scores(values[0], tokens, right.is_truncated | left.is_truncated[0])
+        return Scores(values[0], values[0], tokens, right.is_truncated | left.is_truncated[0])
 
     async def score(
         self,
@@ -108,20 +120,20 @@ class Scorer:
     ) -> Scores:
         """Pairs, each for itself. Raises GatewayError."""
         if Task.SCORE in pipeline.tasks:
-            return await self._classify(pipeline, pairs, options, activation)
+            short = [(shorten(a, pipeline, options), shorten(b, pipeline, options)) for a, b in pairs]
+            return await self._classify(pipeline, short, options, activation, "text_2")
         firsts, seconds = [a for a, _ in pairs], [b for _, b in pairs]
-        (left, right), chosen = await self._sides(pipeline, firsts, seconds, options, weights)
+        names = ("text_1", "text_2")
+        (left, right), chosen = await self._sides(pipeline, firsts, seconds, options, weights, names)
+        rows = [(left.part(i, i + 1), right.part(i, i + 1)) for i in range(len(pairs))]
+        check_products(rows, self.max_products)
 
         def by_row() -> Array:
-            rows = [
-                mixed_scores(left.part(i, i + 1), right.part(i, i + 1), chosen)[0, 0]
-                for i in range(len(pairs))
-            ]
-            return np.array(rows, np.float32)
+            return np.array([mixed_scores(a, b, chosen)[0, 0] for a, b in rows], np.float32)
 
         values = await asyncio.get_running_loop().run_in_executor(self.calculator, by_row)
         tokens = int(left.n_tokens.sum() + right.n_tokens.sum())
-        return Scores(values, tokens, left.is_truncated | right.is_truncated)
+        return Scores(values, values, tokens, left.is_truncated | right.is_truncated)
 
     async def _classify(
         self,
@@ -129,10 +141,11 @@ class Scorer:
         pairs: Sequence[tuple[str, str]],
         options: TextOptions,
         activation: str | None,
+        field: str,
     ) -> Scores:
-        made = await classify(self.inference, pipeline, Items.of_pairs(pairs), options)
+        made = await classify(self.inference, pipeline, Items.of_pairs(pairs), options, field)
         values = activate(made.logits, activation or pipeline.score_activation)[:, 0]
-        return Scores(values, int(made.n_tokens.sum()), made.is_truncated)
+        return Scores(values, made.logits[:, 0], int(made.n_tokens.sum()), made.is_truncated)
 
     async def _sides(
         self,
@@ -141,6 +154,7 @@ class Scorer:
         right: Sequence[str],
         options: TextOptions,
         weights: Mapping[str, float] | None,
+        names: tuple[str, str],
     ) -> tuple[tuple[Representations, Representations], Mapping[str, float]]:
         chosen = weights or default_weights(pipeline)
         missing = [kind for kind in chosen if KIND_TASKS[kind] not in pipeline.tasks]
@@ -148,31 +162,41 @@ class Scorer:
             raise BadRequest(
                 f"the model {pipeline.served_model_name} has no {', '.join(missing)} embeddings to "
                 "compare; it has "
-                f"{', '.join(_kinds(pipeline))}",
+                f"{', '.join(kinds_of(pipeline))}",
                 param="weights",
             )
         sides = await represent_sides(
             self.inference,
             pipeline,
-            Side(Items.of_texts(left), "query"),
-            Side(Items.of_texts(right), "documents"),
+            Side(Items.of_texts(left), names[0], options.max_query_tokens or options.max_tokens),
+            Side(Items.of_texts(right), names[1], options.max_document_tokens or options.max_tokens),
             kinds_to_tasks(chosen),
-            options,
+            # Without unit length a long vector would win over a fitting one.
+            replace(options, normalize=True),
             has_roles=pipeline.has_roles or pipeline.has_role_prompts,
         )
-        check_products(sides, self.max_products)
         return sides, chosen
+
+
+def shorten(text: str, pipeline: Pipeline, options: TextOptions) -> str:
+    """What of a text can matter to the model, and a little more, so that it is still seen to be over the
+    limit: a query goes with every document.
+    """
+    most = pipeline.max_length * _CHARS_PER_TOKEN + 16
+    if len(text) <= most:
+        return text
+    return text[-most:] if options.truncation == "left" else text[:most]
 
 
 def default_weights(pipeline: Pipeline) -> dict[str, float]:
     """BGE-M3's mix for a model that has all three, else the first kind that it has."""
-    kinds = _kinds(pipeline)
+    kinds = kinds_of(pipeline)
     return dict(DEFAULT_WEIGHTS) if len(kinds) == len(DEFAULT_WEIGHTS) else {kinds[0]: 1.0}
 
 
-def check_products(sides: tuple[Representations, Representations], most: int) -> None:
+def check_products(sides: Iterable[tuple[Representations, Representations]], most: int) -> None:
     """Raises AnswerTooLarge for more work than one request may ask for."""
-    products = count_products(*sides)
+    products = sum(count_products(*pair) for pair in sides)
     if products > most:
         raise AnswerTooLarge(
             f"the scores take {products:.1e} multiplications, and one request may take {most:.1e}; "
@@ -181,5 +205,6 @@ def check_products(sides: tuple[Representations, Representations], most: int) ->
         )
 
 
-def _kinds(pipeline: Pipeline) -> list[str]:
+def kinds_of(pipeline: Pipeline) -> list[str]:
+    """The kinds of embeddings that a model has."""
     return [kind for kind, task in KIND_TASKS.items() if task in pipeline.tasks]

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from backends.contract import (
     RequestParameter,
     Task,
 )
-from gateway.errors import BadRequest, RefusedItem
+from gateway.errors import BadRequest, RefusedItem, ServerFault
 from gateway.inference import Array, Inference, Item, Pipeline
 
 
@@ -51,7 +52,9 @@ class Items:
     @classmethod
     def of_pairs(cls, pairs: Iterable[tuple[str, str]]) -> Items:
         """Pairs of texts as UTF-8."""
-        return cls([(first.encode(), second.encode()) for first, second in pairs])
+        # A query that goes with many documents is there once.
+        encode = lru_cache(maxsize=None)(str.encode)
+        return cls([(encode(first), encode(second)) for first, second in pairs])
 
     @classmethod
     def of_ids(cls, rows: Sequence[Sequence[int]]) -> Items:
@@ -145,6 +148,8 @@ class Side:
     items: Items
     field: str
     """What the client calls it."""
+    max_tokens: int | None = None
+    """Of one text, where the client asks for less than the model takes."""
 
 
 async def represent_sides(
@@ -162,10 +167,17 @@ async def represent_sides(
     Where the sides are queries and documents they go to the model as such: those of a model that encodes them
     differently do, unless `has_roles` says otherwise. Raises GatewayError.
     """
-    if pipeline.has_roles if has_roles is None else has_roles:
+    has_roles = pipeline.has_roles if has_roles is None else has_roles
+    if has_roles or left.max_tokens or right.max_tokens:
         both = await asyncio.gather(
             *(
-                _represent_side(inference, pipeline, side, tasks, replace(options, role=role))
+                _represent_side(
+                    inference,
+                    pipeline,
+                    side,
+                    tasks,
+                    replace(options, role=role if has_roles else None, max_tokens=side.max_tokens),
+                )
                 for side, role in ((left, "query"), (right, "document"))
             )
         )
@@ -217,13 +229,20 @@ class Classified:
 
 
 async def classify(
-    inference: Inference, pipeline: Pipeline, items: Items, options: TextOptions
+    inference: Inference, pipeline: Pipeline, items: Items, options: TextOptions, field: str
 ) -> Classified:
-    """Logits of texts or pairs. Raises GatewayError."""
+    """Logits of texts or pairs, which the client calls `field`. Raises GatewayError."""
     outputs = (*TASK_OUTPUTS[Task.CLASSIFY], *ACCOUNT_OUTPUTS)
-    rows: dict[str, Any] = await inference.infer(
-        pipeline, items.elements, outputs, _parameters(items, options)
-    )
+    with _naming_fields((field, len(items.elements))):
+        rows: dict[str, Any] = await inference.infer(
+            pipeline, items.elements, outputs, _parameters(items, options)
+        )
+    if not np.isfinite(rows[LOGITS]).all():
+        raise ServerFault(
+            f"the model {pipeline.served_model_name} gave numbers that are not finite: its "
+            "checkpoint may be broken, or "
+            "its dtype too narrow"
+        )
     return Classified(rows[LOGITS], rows[N_TOKENS][:, 0], rows[TRUNCATED][:, 0])
 
 

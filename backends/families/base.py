@@ -26,6 +26,18 @@ def after_padding(config: Mapping[str, Any]) -> int:
     return (1 if padding is None else int(padding)) + 1
 
 
+def refuse_other_positions(config: Mapping[str, Any]) -> None:
+    """For families with learned positions: Jina's BERT v2 has the same names and another way (ALiBi).
+
+    Raises CheckpointError.
+    """
+    kind = config.get("position_embedding_type", "absolute")
+    if kind != "absolute":
+        raise CheckpointError(
+            f"config.json says position_embedding_type {kind!r}, which is not served; it takes 'absolute'"
+        )
+
+
 @dataclass(frozen=True)
 class Family:
     """A family is transformers' own model class and the few facts that packing needs to know about it."""

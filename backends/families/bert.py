@@ -2,11 +2,12 @@
 Arctic ...).
 """
 
-from backends.families.base import Family
+from backends.families.base import Family, refuse_other_positions
 
 FAMILY = Family(
     name="bert",
     model_types=("bert",),
     has_token_types=True,
     load_arguments={"add_pooling_layer": False},
+    native_config=refuse_other_positions,
 )

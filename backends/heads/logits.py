@@ -31,16 +31,20 @@ _RERANKER_NAMES = ("reranker", "score")
 
 def labels(checkpoint: Checkpoint) -> list[str]:
     """The names of the labels, in the order of the logits."""
-    named: Mapping[str, Any] = checkpoint.config.get("id2label") or {}
+    named = checkpoint.config.get("id2label") or {}
+    if isinstance(named, list):
+        named = {str(i): name for i, name in enumerate(named)}
+    if not isinstance(named, dict):
+        raise CheckpointError(f"{checkpoint.path}/config.json: id2label is no object of names by number")
     count = int(checkpoint.config.get("num_labels") or len(named) or _DEFAULT_LABELS)
     return [str(named.get(str(i), f"LABEL_{i}")) for i in range(count)]
 
 
 def score_activation(checkpoint: Checkpoint) -> str:
     """What makes a score of a logit: identity, sigmoid or softmax. Raises CheckpointError for another."""
-    own = (checkpoint.config.get("sentence_transformers") or {}).get("activation_fn")
+    own = checkpoint.sentence_config.get("activation_fn")
+    own = own or (checkpoint.config.get("sentence_transformers") or {}).get("activation_fn")
     own = own or checkpoint.config.get("sbert_ce_default_activation_function")
-    own = own or checkpoint.sentence_config.get("activation_fn")
     if own is None:
         return "sigmoid" if len(labels(checkpoint)) == 1 else "identity"
     name = str(own).rsplit(".", 1)[-1]

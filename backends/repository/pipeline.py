@@ -56,6 +56,8 @@ def build_pipeline(
         raise OptionError(
             f"{family.name} models overflow in {options.dtype}; give --dtype bfloat16 or float32"
         )
+    # Told here rather than by a process that does not start.
+    family.native_config(checkpoint.config)
     most = family.most_tokens(checkpoint)
     if options.max_length is not None and options.max_length > most:
         raise OptionError(f"max_length is {options.max_length}; this model takes at most {most}")

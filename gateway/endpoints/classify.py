@@ -6,27 +6,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from typing import Any
 
-import numpy as np
+import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from backends.contract import Task
-from gateway import error_bodies
+from gateway import classes, error_bodies
+from gateway.classes import PredictRequest
 from gateway.endpoints.dialect import Dialect, Services, describe, services, speak
 from gateway.errors import BadRequest, EmptyInput
 from gateway.inference import Array, Pipeline
-from gateway.inputs import SIDES, read_text
+from gateway.inputs import MAX_INT
 from gateway.scoring import activate
-from gateway.tasks import Classified, Items, TextOptions, classify
-from gateway.wire import check, in_turns, parse, read, read_bytes, respond
+from gateway.tasks import Classified, TextOptions
+from gateway.wire import check, in_turns, matrix, parse, read, read_bytes, respond
 
 router = APIRouter()
-
-Text = str | tuple[str, str]
 
 
 class ClassifyRequest(BaseModel):
@@ -38,24 +38,11 @@ class ClassifyRequest(BaseModel):
     model: str | None = None
     truncate: StrictBool | None = None
     truncation: StrictBool | None = None
+    truncate_prompt_tokens: StrictInt | None = Field(None, ge=-1, le=MAX_INT)
     raw_scores: StrictBool | None = Field(
         None, description="infinity's answer: a list of labels for each text."
     )
     use_activation: StrictBool | None = Field(None, description="false gives raw logits.")
-
-
-class PredictRequest(BaseModel):
-    """The body of /predict."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    inputs: Any = Field(
-        description="A text; a pair, as a flat list of two strings; a batch, as lists of one or two."
-    )
-    model: str | None = None
-    truncate: StrictBool | None = None
-    truncation_direction: str | None = None
-    raw_scores: StrictBool | None = None
 
 
 _REFUSAL = {"error": {"message": "input[0] has 3 texts; a pair has two"}}
@@ -74,16 +61,20 @@ async def classify_rtp_llm(request: Request) -> Response:
     speak(request, error_bodies.RTP_LLM)
     own = services(request)
     body = await read(request, ClassifyRequest, own.settings.max_body_bytes)
-    pipeline, made = await _classify(own, body)
+    # As there, where texts are always cut.
+    pipeline, made = await _classify(own, body, default_truncation="right")
     answer: dict[str, Any] = {
         "object": "list",
-        "score": np.ascontiguousarray(made.logits),
+        "score": await matrix(made.logits),
         "model": body.model or pipeline.served_model_name,
         "labels": pipeline.labels,
         "usage": _usage(made),
     }
     places = made.is_truncated.nonzero()[0].tolist()
-    return respond({**answer, "truncated": places} if places else answer)
+    return respond(
+        {**answer, "truncated": places} if places else answer,
+        headers={"USAGE": orjson.dumps(_usage(made)).decode()},
+    )
 
 
 @router.post(
@@ -110,22 +101,15 @@ async def classify_texts(request: Request) -> Response:
     body = await read(request, ClassifyRequest, own.settings.max_body_bytes)
     pipeline, made = await _classify(own, body)
     is_raw = bool(body.raw_scores) or body.use_activation is False
-    scores = activate(made.logits, "identity" if is_raw else pipeline.label_activation)
+    activation = "identity" if is_raw else pipeline.label_activation
+    loop = asyncio.get_running_loop()
+    scores = await loop.run_in_executor(own.calculator, activate, made.logits, activation)
     is_infinity = body.raw_scores is not None
     data: list[Any]
     if is_infinity:
-        data = await in_turns(scores, lambda row: _labelled(pipeline, row))
+        data = await in_turns(scores, lambda row: classes.labelled(pipeline, row))
     else:
-        data = [
-            {
-                "index": i,
-                "label": pipeline.labels[int(row.argmax())],
-                "probs": row,
-                "num_classes": len(row),
-                **({"truncated": True} if made.is_truncated[i] else {}),
-            }
-            for i, row in enumerate(np.ascontiguousarray(scores))
-        ]
+        data = await in_turns(range(len(scores)), lambda i: _class(pipeline, scores[i], i, made))
     return respond(
         {
             "id": f"classify-{uuid.uuid4().hex}",
@@ -153,26 +137,15 @@ async def predict(request: Request) -> Response:
     speak(request, error_bodies.TEI)
     own = services(request)
     body = check(PredictRequest, parse(await read_bytes(request, own.settings.max_body_bytes)))
-    texts, is_batch = _predict_inputs(body.inputs)
-    pipeline = await own.catalog.find(body.model, Task.CLASSIFY)
-    truncation = None
-    if body.truncate is not None:
-        side = SIDES.get(body.truncation_direction or "right")
-        if side is None:
-            raise BadRequest(
-                f"truncation_direction is {body.truncation_direction!r}; it takes left or right",
-                param="truncation_direction",
-            )
-        truncation = side if body.truncate else "error"
-    made = await _logits(own, pipeline, texts, TextOptions(truncation=truncation), "inputs")
-    scores = activate(made.logits, "identity" if body.raw_scores else pipeline.label_activation)
-    rows = await in_turns(scores, lambda row: _labelled(pipeline, row))
-    places = made.is_truncated.nonzero()[0].tolist()
-    headers = {"x-truncated-inputs": ",".join(map(str, places))} if places else {}
-    return respond(rows if is_batch else rows[0], headers=headers)
+    rows, headers = await classes.predict(
+        own.inference, own.catalog, own.calculator, body, own.settings.max_documents
+    )
+    return respond(rows, headers=headers)
 
 
-async def _classify(own: Services, body: ClassifyRequest) -> tuple[Pipeline, Classified]:
+async def _classify(
+    own: Services, body: ClassifyRequest, default_truncation: str | None = None
+) -> tuple[Pipeline, Classified]:
     value = [body.input] if isinstance(body.input, (str, dict)) else body.input
     if not isinstance(value, list):
         raise BadRequest("input takes a text, or a list of texts or of pairs of texts", param="input")
@@ -183,68 +156,28 @@ async def _classify(own: Services, body: ClassifyRequest) -> tuple[Pipeline, Cla
             f"input has {len(value)} items; at most {own.settings.max_documents} can be sent in one request",
             param="input",
         )
-    texts = [_text_or_pair(item, f"input[{i}]") for i, item in enumerate(value)]
+    texts = [classes.text_or_pair(item, f"input[{i}]") for i, item in enumerate(value)]
     pipeline = await own.catalog.find(body.model, Task.CLASSIFY)
     asked = body.truncate if body.truncate is not None else body.truncation
-    truncation = None if asked is None else "right" if asked else "error"
-    return pipeline, await _logits(own, pipeline, texts, TextOptions(truncation=truncation), "input")
+    if asked is None and body.truncate_prompt_tokens is not None:
+        asked = True
+    truncation = default_truncation if asked is None else "right" if asked else "error"
+    limit = body.truncate_prompt_tokens
+    options = TextOptions(
+        truncation=truncation, max_tokens=limit if limit is not None and limit > 0 else None
+    )
+    return pipeline, await classes.logits(own.inference, pipeline, texts, options, "input")
 
 
-def _predict_inputs(value: Any) -> tuple[list[Text], bool]:
-    """The texts, and whether the client sent a batch."""
-    if isinstance(value, (str, dict)):
-        return [read_text(value, "inputs")], False
-    if not isinstance(value, list):
-        raise BadRequest(
-            "inputs takes a text, a pair, or a list of lists of one or two texts", param="inputs"
-        )
-    if not value:
-        raise EmptyInput("inputs is an empty list; send at least one text", param="inputs")
-    if all(isinstance(item, str) for item in value):
-        if len(value) > 2:
-            raise BadRequest(
-                f"inputs is a flat list of {len(value)} strings; one or two are one text or one "
-                "pair, and a batch is a "
-                "list of lists",
-                param="inputs",
-            )
-        return [_text_or_pair(value, "inputs")], False
-    return [_text_or_pair(item, f"inputs[{i}]") for i, item in enumerate(value)], True
-
-
-def _text_or_pair(item: Any, field: str) -> Text:
-    if not isinstance(item, list):
-        return read_text(item, field)
-    if len(item) == 1:
-        return read_text(item[0], field)
-    if len(item) != 2:
-        raise BadRequest(f"{field} has {len(item)} texts; a pair has two", param=field.split("[")[0])
-    return read_text(item[0], f"{field}[0]"), read_text(item[1], f"{field}[1]")
-
-
-async def _logits(
-    own: Services, pipeline: Pipeline, texts: list[Text], options: TextOptions, field: str
-) -> Classified:
-    is_pair = [isinstance(text, tuple) for text in texts]
-    if any(is_pair) and not all(is_pair):
-        odd = is_pair.index(not is_pair[0])
-        raise BadRequest(
-            f"{field}[{odd}] is {'a pair' if is_pair[odd] else 'a text'}, and those before it are "
-            "not; send texts and "
-            "pairs in requests of their own",
-            param=field,
-        )
-    if is_pair[0]:
-        items = Items.of_pairs(text for text in texts if isinstance(text, tuple))
-    else:
-        items = Items.of_texts([text for text in texts if isinstance(text, str)])
-    return await classify(own.inference, pipeline, items, options)
-
-
-def _labelled(pipeline: Pipeline, row: Array) -> list[dict[str, Any]]:
-    """Labels and their scores, best first."""
-    order = np.argsort(-row, kind="stable").tolist()
-    return [{"score": float(row[i]), "label": pipeline.labels[i]} for i in order]
+def _class(pipeline: Pipeline, row: Array, index: int, made: Classified) -> dict[str, Any]:
+    """vLLM's row of one text."""
+    return {
+        "index": index,
+        "label": pipeline.labels[int(row.argmax())],
+        "probs": row.tolist(),
+        "num_classes": len(row),
+        **({"truncated": True} if made.is_truncated[index] else {}),
+    }
 
 
 def _usage(made: Classified) -> dict[str, int]:

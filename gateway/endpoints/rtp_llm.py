@@ -26,8 +26,8 @@ from gateway.errors import (
 )
 from gateway.inference import Pipeline
 from gateway.inputs import Inputs, TextFields, read_items, text_options
-from gateway.kinds import DEFAULT_WEIGHTS, KIND_TASKS, kinds_to_tasks, read_weights
-from gateway.scoring import check_products
+from gateway.kinds import DEFAULT_WEIGHTS, kinds_to_tasks, read_weights
+from gateway.scoring import check_products, kinds_of
 from gateway.similarity import mixed_scores
 from gateway.tasks import Representations, Side, SparseVector, represent, represent_sides
 from gateway.wire import in_turns, read, respond, to_base64
@@ -149,8 +149,8 @@ async def compare(request: Request) -> Response:
         weights = mixed if asked == "hybrid" else {asked: 1.0}
     pipeline = await own.catalog.find(body.model, *kinds_to_tasks(weights))
     if not weights:
-        pipeline = pipeline if _kinds(pipeline) else await own.catalog.find(body.model, Task.EMBED)
-        weights = {_kinds(pipeline)[0]: 1.0}
+        pipeline = pipeline if kinds_of(pipeline) else await own.catalog.find(body.model, Task.EMBED)
+        weights = {kinds_of(pipeline)[0]: 1.0}
     tasks = kinds_to_tasks(weights)
     sides = await represent_sides(
         own.inference,
@@ -160,7 +160,7 @@ async def compare(request: Request) -> Response:
         tasks,
         text_options(body, pipeline, tasks),
     )
-    check_products(sides, own.settings.max_products)
+    check_products([sides], own.settings.max_products)
     loop = asyncio.get_running_loop()
     scores = await loop.run_in_executor(own.calculator, mixed_scores, *sides, weights)
     model = body.model or pipeline.served_model_name
@@ -181,10 +181,6 @@ async def compare(request: Request) -> Response:
             answers = [await _response(own, pipeline, made, kind, model) for kind in weights]
             answer[name] = answers[0] if len(answers) == 1 else dict(zip(weights, answers, strict=True))
     return _respond(answer, usage(*sides))
-
-
-def _kinds(pipeline: Pipeline) -> list[str]:
-    return [kind for kind, task in KIND_TASKS.items() if task in pipeline.tasks]
 
 
 def _type(body: SimilarityRequest) -> str | None:

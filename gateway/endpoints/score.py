@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from gateway import error_bodies
 from gateway.endpoints.dialect import Dialect, describe, services
@@ -28,10 +28,18 @@ class ScoreRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    first: Any = Field(validation_alias=AliasChoices("queries", "text_1", "data_1", "query"))
-    second: Any = Field(validation_alias=AliasChoices("documents", "items", "text_2", "data_2"))
+    queries: Any = None
+    text_1: Any = None
+    data_1: Any = None
+    query: Any = None
+    documents: Any = None
+    items: Any = None
+    text_2: Any = None
+    data_2: Any = None
     model: str | None = None
     use_activation: StrictBool | None = None
+    truncate: StrictBool | None = None
+    truncation_side: Literal["left", "right"] | None = None
     truncate_prompt_tokens: StrictInt | None = Field(None, ge=-1, le=MAX_INT)
     max_tokens_per_query: StrictInt | None = Field(None, ge=1, le=MAX_INT)
     max_tokens_per_doc: StrictInt | None = Field(None, ge=1, le=MAX_INT)
@@ -81,20 +89,26 @@ async def score(request: Request) -> Response:
         raise BadRequest(
             "label_token_ids are for generative models, which are not served yet", param="label_token_ids"
         )
-    first = read_texts(body.first, own.settings.max_documents, "text_1")
-    second = read_texts(body.second, own.settings.max_documents, "text_2")
+    name, value = _first_given(body, ("queries", "text_1", "data_1", "query"))
+    first = read_texts(value, own.settings.max_documents, name)
+    field, value = _first_given(body, ("documents", "items", "text_2", "data_2"))
+    second = read_texts(value, own.settings.max_documents, field)
     if len(first) not in (1, len(second)):
         raise BadRequest(
-            f"text_1 has {len(first)} texts and text_2 has {len(second)}; give one text and "
+            f"{name} has {len(first)} texts and {field} has {len(second)}; give one text and "
             "several, or two lists of "
             "one length",
-            param="text_1",
+            param=name,
         )
     pipeline = await own.scorer.find(body.model)
-    # A limit lower than the model's own is kept by capping the second text; the first is rarely the longer.
     limit = body.truncate_prompt_tokens
+    is_cut = limit is not None or body.truncate or body.truncation_side is not None
     options = TextOptions(
-        truncation=None if limit is None else "right",
+        truncation="error"
+        if body.truncate is False
+        else (body.truncation_side or "right")
+        if is_cut
+        else None,
         max_query_tokens=body.max_tokens_per_query,
         max_document_tokens=body.max_tokens_per_doc,
         max_tokens=limit if limit is not None and limit > 0 else None,
@@ -121,6 +135,15 @@ async def score(request: Request) -> Response:
             "usage": {"prompt_tokens": scores.n_tokens, "total_tokens": scores.n_tokens},
         }
     )
+
+
+def _first_given(body: ScoreRequest, names: tuple[str, ...]) -> tuple[str, Any]:
+    """The first of some names of one thing that the request has, and its value. Raises BadRequest."""
+    for name in names:
+        value = getattr(body, name)
+        if value is not None:
+            return name, value
+    raise BadRequest(f"one of the fields {', '.join(names)} is missing", param=names[0])
 
 
 DIALECT = Dialect(router, error_bodies.OPENAI)

@@ -15,6 +15,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool
 
 from backends.contract import Task
+from gateway import classes, reranking
+from gateway.classes import PredictRequest
 from gateway.endpoints.dialect import Dialect, Services, describe, services
 from gateway.error_bodies import TEI
 from gateway.errors import (
@@ -23,6 +25,7 @@ from gateway.errors import (
 )
 from gateway.inference import Pipeline
 from gateway.inputs import SIDES, Inputs, TextFields, read_items, text_options
+from gateway.reranking import RerankRequest
 from gateway.similarity import cosine_scores
 from gateway.tasks import (
     Representations,
@@ -218,7 +221,7 @@ async def info(request: Request, model: str | None = None) -> Response:
             "model_sha": commit or None,
             "model_dtype": pipeline.dtype,
             "served_model_name": pipeline.served_model_name,
-            "model_type": {"embedding": {"pooling": _pooling(pipeline)}},
+            "model_type": _model_type(pipeline),
             "max_concurrent_requests": None,
             "max_input_length": pipeline.max_length,
             "max_batch_tokens": pipeline.max_batch_tokens,
@@ -239,15 +242,41 @@ async def answer(request: Request) -> Response:
     """What clients send to the bare address: the task follows from the body, then from the model."""
     own = services(request)
     content = parse(await read_bytes(request, own.settings.max_body_bytes))
+    if content.get("texts") is not None:
+        ranked = check(RerankRequest, content)
+        _, hits = await reranking.rerank(
+            own.scorer, reranking.tei_request(ranked), own.settings.max_documents, field="texts"
+        )
+        rows, headers = reranking.tei_rows(ranked, hits)
+        return respond(rows, headers=headers)
     if isinstance(content.get("inputs"), dict):
         return await _similarity(own, check(SimilarityRequest, content))
     body = check(EmbedRequest, content)
     named = await own.catalog.find(body.model)
     known = [named] if body.model else own.catalog.pipelines
+    if not any({Task.EMBED, Task.SPARSE} & pipeline.tasks for pipeline in known):
+        rows, headers = await classes.predict(
+            own.inference,
+            own.catalog,
+            own.calculator,
+            check(PredictRequest, {**(content.get("parameters") or {}), **content}),
+            own.settings.max_documents,
+        )
+        return respond(rows, headers=headers)
     # A dense model answers if there is one.
     if not any(Task.EMBED in pipeline.tasks for pipeline in known):
         return await _embed_sparse(own, body)
     return await _embed(own, body)
+
+
+def _model_type(pipeline: Pipeline) -> dict[str, Any]:
+    if Task.CLASSIFY not in pipeline.tasks:
+        return {"embedding": {"pooling": _pooling(pipeline)}}
+    labels = {
+        "id2label": {str(i): name for i, name in enumerate(pipeline.labels)},
+        "label2id": {name: i for i, name in enumerate(pipeline.labels)},
+    }
+    return {"reranker" if Task.SCORE in pipeline.tasks else "classifier": labels}
 
 
 def _pooling(pipeline: Pipeline) -> str:

@@ -27,6 +27,8 @@ PAIRS = [
 ]
 KINDS = {
     "bert": checkpoints.bert,
+    # multilingual MiniLM's rerankers: an architecture with token types, a tokenizer without.
+    "bert unigram": functools.partial(checkpoints.bert, tokenizer=checkpoints.write_unigram, pad_token_id=1),
     "roberta": checkpoints.roberta,
     "xlm-roberta": checkpoints.xlm_roberta,
     "distilbert": checkpoints.distilbert,
@@ -202,3 +204,17 @@ def test_other_cross_encoders_are_refused(tmp_path):
     change(path, architectures=["BertForSequenceClassification"])
     with pytest.raises(CheckpointError, match="holds the module Pooling, which is not served in a reranker"):
         HEAD.outputs(Checkpoint.read(path))
+
+
+def test_other_positions_are_refused(tmp_path):
+    path = classifier(tmp_path / "c", checkpoints.bert)
+    change(path, position_embedding_type="alibi")
+    with pytest.raises(CheckpointError, match="position_embedding_type 'alibi', which is not served"):
+        build(path)
+
+
+def test_labels_as_a_list(tmp_path):
+    path = classifier(tmp_path / "c", checkpoints.bert, 2)
+    assert labels(change(path, id2label=["a", "b"])) == ["a", "b"]
+    with pytest.raises(CheckpointError, match="id2label is no object of names by number"):
+        labels(change(path, id2label="a"))

@@ -293,7 +293,8 @@ def test_only_the_document_is_cut(minilm):
     assert len(row.ids) == 20
     assert (row.first_length, row.n_second) == (7, 13)
     (long,) = encode_pairs(short, ("word " * 50, "word " * 50), truncation="document")
-    assert (long.first_length, long.n_second) == (14, 6), "the query keeps three quarters of the room"
+    # [CLS] and [SEP] with the 15 tokens that are three quarters of the limit, as FlagEmbedding keeps.
+    assert (long.first_length, long.n_second) == (17, 3)
 
 
 def test_caps_of_queries_and_documents(minilm):
@@ -342,3 +343,17 @@ def test_pairs_without_a_post_processor(tmp_path):
         "[SEP]",
     ]
     assert row.first_length == 3
+
+
+def test_the_second_text_has_the_type_that_the_tokenizer_says(tmp_path):
+    path = sentence_transformer(tmp_path / "c", MEAN)
+    plain = TextTokenizer(Checkpoint.read(path), 48)
+    assert encode_pairs(plain, ("the", "value"))[0].n_second == 2
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    named = {**config, "model_input_names": ["input_ids", "attention_mask"]}
+    (path / "tokenizer_config.json").write_text(json.dumps(named))
+    assert encode_pairs(TextTokenizer(Checkpoint.read(path), 48), ("the", "value"))[0].n_second == 0
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    content = (path / "tokenizer.json").read_text().replace('"type_id":1', '"type_id":0')
+    (path / "tokenizer.json").write_text(content.replace('"type_id": 1', '"type_id": 0'))
+    assert encode_pairs(TextTokenizer(Checkpoint.read(path), 48), ("the", "value"))[0].n_second == 0

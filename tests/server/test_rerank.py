@@ -74,6 +74,21 @@ def test_scores_equal_flag_reranker(serving_classifiers, classifiers):
     )
 
 
+def test_cutting_documents_only_equals_flag_reranker(serving_classifiers, classifiers):
+    pairs = [["the value " * 30, "x " * 40], ["the value", "a class " * 60], ["the value " * 40, "x"]]
+    expected = ask("flag_reranker", path=str(classifiers / "bge-reranker"), pairs=pairs, max_length=64)
+    for (query, document), score in zip(pairs, expected["raw"], strict=True):
+        body = {
+            "model": "bge-reranker",
+            "query": query,
+            "documents": [document],
+            "truncate_only_documents": True,
+        }
+        (row,) = post(serving_classifiers, "/v1/reranker", body)["results"]
+        assert row["relevance_score"] == pytest.approx(score, abs=TOLERANCE)
+        assert row["truncated"] is True
+
+
 def test_negative_control_the_order_of_a_pair_matters(serving_classifiers, classifiers):
     encoder = cross_encoder(str(classifiers / "ms-marco"))
     swapped = [(document, QUERY) for document in DOCUMENTS]
