@@ -8,6 +8,7 @@ limit one token more or less may go to either.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -100,6 +101,7 @@ class TextTokenizer:
                 f"{max_length + 1 - self._room(None)}"
             )
         self._prompt_ids = lru_cache(maxsize=256)(self._encode_prompt)
+        self._repeated = lru_cache(maxsize=64)(self._encode_text)
 
     def limit(self, role: str | None) -> int:
         """Tokens of one text, special tokens included."""
@@ -135,15 +137,18 @@ class TextTokenizer:
             raise RequestError(ErrorCode.INVALID_INPUT, "this model's tokenizer has no template for pairs")
         if settings.has_ids:
             raise RequestError(ErrorCode.INVALID_INPUT, "a pair takes texts, not token ids")
-        places: dict[bytes, int] = {}
-        texts: list[str] = []
-        for i, pair in enumerate(items):
-            for item in pair:
-                if item not in places:
-                    places[item] = len(texts)
-                    texts.append(_decode(i, item))
-        rows = self._encode_texts(texts, settings)
-        joined = [(rows[places[first]], rows[places[second]]) for first, second in items]
+        counts = Counter(item for pair in items for item in pair)
+        texts = {item: _decode(i, item) for i, pair in enumerate(items) for item in pair}
+        # A query that goes with many documents stands in many server requests, too.
+        rows = {
+            item: self._repeated(text, settings.truncation)
+            for item, text in texts.items()
+            if counts[item] > 1
+        }
+        single = [item for item in texts if counts[item] == 1]
+        encoded = self._encode_texts([texts[item] for item in single], settings)
+        rows.update(zip(single, encoded, strict=True))
+        joined = [(rows[first], rows[second]) for first, second in items]
         return [self._join(i, *pair, settings) for i, pair in enumerate(joined)]
 
     def _join(
@@ -220,6 +225,10 @@ class TextTokenizer:
             waiting = unfinished
             window = min(window * _WINDOW_GROWTH, limit)
         return rows
+
+    def _encode_text(self, text: str, truncation: str) -> tuple[TokenIds, int]:
+        """One text, as _encode_texts has it."""
+        return self._encode_texts([text], TokenizerSettings(truncation=truncation))[0]
 
     def _from_ids(self, index: int, item: bytes, settings: TokenizerSettings) -> Tokens:
         ids = self._without_special_tokens(self._read_ids(index, item, self.vocab_size))

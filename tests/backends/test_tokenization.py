@@ -319,6 +319,9 @@ def test_a_text_in_many_pairs_is_tokenised_once(minilm, monkeypatch):
     )
     rows = encode_pairs(minilm, *[("the query", f"document {i % 3}") for i in range(9)])
     assert sorted(seen) == ["document 0", "document 1", "document 2", "the query"]
+    # Nor again in the next server request of the same question.
+    encode_pairs(minilm, ("the query", "document 7"), ("the query", "document 8"))
+    assert sorted(seen) == ["document 0", "document 1", "document 2", "document 7", "document 8", "the query"]
     assert [row.ids.tolist() for row in rows[:3]] == [row.ids.tolist() for row in rows[3:6]]
 
 
