@@ -163,8 +163,8 @@ class Checkpoint:
         if default_prompt_name is not None and default_prompt_name not in prompts:
             raise CheckpointError(
                 f"{path / 'config_sentence_transformers.json'}: default_prompt_name is "
-                f"{default_prompt_name!r}, "
-                f"which is not one of its prompts ({', '.join(prompts) or 'it has none'})"
+                f"{default_prompt_name!r}, which is not one of its prompts "
+                f"({', '.join(prompts) or 'it has none'})"
             )
         modules, notes = _modules(path, config, declared)
         made = cls(
@@ -221,8 +221,8 @@ def _declared_modules(path: Path) -> list[tuple[str, str, str]]:
         if not is_known and (i == 0 or _own_code(path, dotted) is None):
             raise CheckpointError(
                 f"{file} names {dotted}, which is not served: a module may be of "
-                f"{', '.join(_KNOWN_PACKAGES)} or, "
-                "behind the Transformer, a class in a .py file of the checkpoint"
+                f"{', '.join(_KNOWN_PACKAGES)} or, behind the Transformer, a class in a .py file of the "
+                "checkpoint"
             )
     return declared
 

@@ -100,9 +100,8 @@ def load_classifier(checkpoint: Checkpoint, n_labels: int, device: torch.device)
     output = take(f"{layout.output}.weight")
     if output.shape[0] != n_labels:
         raise CheckpointError(
-            f"{folder}: the classification head has {output.shape[0]} labels, but config.json tells "
-            f"of {n_labels} "
-            "(two where it has neither num_labels nor id2label); give it the right id2label"
+            f"{folder}: the classification head has {output.shape[0]} labels, but config.json tells of "
+            f"{n_labels} (two where it has neither num_labels nor id2label); give it the right id2label"
         )
     steps: list[torch.nn.Module] = []
     if layout.dense is not None:

@@ -135,9 +135,8 @@ def choose_forward(load: Loader, family: Family, config: dict[str, Any], name: s
     error = _self_check(padded)
     if not error <= _tolerance(padded.model):
         raise CheckpointError(
-            f"{name} gives other numbers in a batch than alone, packed ({fault}) and padded "
-            f"(relative error {error:.2g}): "
-            "it cannot be served right"
+            f"{name} gives other numbers in a batch than alone, packed ({fault}) and padded (relative error "
+            f"{error:.2g}): it cannot be served right"
         )
     return padded
 

@@ -192,10 +192,9 @@ def _links(checkpoint: Checkpoint) -> tuple[Module, ...]:
             continue
         if module.kind not in ("Dense", "LayerNorm") or module.code is not None:
             raise CheckpointError(
-                f"{checkpoint.path}/modules.json holds the module {module.kind}, which is not "
-                "served; behind the "
-                "Transformer of a late interaction model there may be Dense, LayerNorm, "
-                "MultiVectorMask and Normalize"
+                f"{checkpoint.path}/modules.json holds the module {module.kind}, which is not served; behind "
+                "the Transformer of a late interaction model there may be Dense, LayerNorm, MultiVectorMask "
+                "and Normalize"
             )
         where = module.config.get("module_input_name") or _TOKENS
         if where != _TOKENS:

@@ -101,9 +101,8 @@ def _step(
         return pool
     if module.kind not in _LINKS:
         raise CheckpointError(
-            f"{checkpoint.path}/modules.json holds the module {module.kind}, which is not served; "
-            "beside its own "
-            f"classes there may be Pooling, {', '.join(_LINKS)}"
+            f"{checkpoint.path}/modules.json holds the module {module.kind}, which is not served; beside its "
+            f"own classes there may be Pooling, {', '.join(_LINKS)}"
         )
     link = load_link(module, device)
 

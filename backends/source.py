@@ -128,9 +128,7 @@ def _snapshot(hub_id: str, *, local_files_only: bool = False) -> Path:
 def _unavailable(repository: str, error: Exception) -> CheckpointError:
     lines = str(error).strip().splitlines()
     return CheckpointError(
-        f"{repository} is neither a directory nor in the local Hugging Face cache, and the hub did "
-        "not give it "
-        f"({lines[0] if lines else type(error).__name__}); check the id, HF_TOKEN, HF_ENDPOINT and "
-        "HF_HUB_OFFLINE, "
-        "or give a directory"
+        f"{repository} is neither a directory nor in the local Hugging Face cache, and the hub did not give "
+        f"it ({lines[0] if lines else type(error).__name__}); check the id, HF_TOKEN, HF_ENDPOINT and "
+        "HF_HUB_OFFLINE, or give a directory"
     )

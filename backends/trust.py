@@ -12,7 +12,6 @@ def check_trust(checkpoint: Checkpoint, head: str, options: ServingOptions) -> N
     own = [module for module in checkpoint.modules if module.code is not None]
     if head == "dense" and own and not options.trust_remote_code:
         raise CheckpointError(
-            f"{checkpoint.path}/modules.json names {own[0].kind}, a class in {own[0].code}: code "
-            "that the checkpoint "
-            "brings. Read it, and give --trust-remote-code if it may run"
+            f"{checkpoint.path}/modules.json names {own[0].kind}, a class in {own[0].code}: code that the "
+            "checkpoint brings. Read it, and give --trust-remote-code if it may run"
         )

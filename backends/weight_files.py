@@ -22,8 +22,8 @@ def check_weights(folder: Path) -> None:
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(
-            f"{folder} has no weights; one of {', '.join(WEIGHTS)} belongs there. "
-            "A download that was cut short looks like this"
+            f"{folder} has no weights; one of {', '.join(WEIGHTS)} belongs there. A download that was cut "
+            "short looks like this"
         )
     files = {found}
     if found.name.endswith(".index.json"):

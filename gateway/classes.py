@@ -72,9 +72,8 @@ def _read_inputs(value: Any) -> tuple[list[Text], bool]:
     if all(isinstance(item, str) for item in value):
         if len(value) > 2:
             raise BadRequest(
-                f"inputs is a flat list of {len(value)} strings; one or two are one text or one "
-                "pair, and a batch is a "
-                "list of lists",
+                f"inputs is a flat list of {len(value)} strings; one or two are one text or one pair, and a "
+                "batch is a list of lists",
                 param="inputs",
             )
         return [text_or_pair(value, "inputs")], False
@@ -100,9 +99,8 @@ async def logits(
     if any(is_pair) and not all(is_pair):
         odd = is_pair.index(not is_pair[0])
         raise BadRequest(
-            f"{field}[{odd}] is {'a pair' if is_pair[odd] else 'a text'}, and those before it are "
-            "not; send texts and "
-            "pairs in requests of their own",
+            f"{field}[{odd}] is {'a pair' if is_pair[odd] else 'a text'}, and those before it are not; send "
+            "texts and pairs in requests of their own",
             param=field,
         )
     if is_pair[0]:

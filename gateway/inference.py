@@ -296,9 +296,8 @@ def _merge(
 
 def _too_large(max_bytes: int) -> AnswerTooLarge:
     return AnswerTooLarge(
-        f"the answer would hold more than {max_bytes} bytes of numbers; send fewer or shorter "
-        "inputs at a time "
-        "(the operator can raise the limit with GATEWAY_MAX_ANSWER_BYTES)"
+        f"the answer would hold more than {max_bytes} bytes of numbers; send fewer or shorter inputs at a "
+        "time (the operator can raise the limit with GATEWAY_MAX_ANSWER_BYTES)"
     )
 
 

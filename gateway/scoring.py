@@ -160,9 +160,8 @@ class Scorer:
         missing = [kind for kind in chosen if KIND_TASKS[kind] not in pipeline.tasks]
         if missing:
             raise BadRequest(
-                f"the model {pipeline.served_model_name} has no {', '.join(missing)} embeddings to "
-                "compare; it has "
-                f"{', '.join(kinds_of(pipeline))}",
+                f"the model {pipeline.served_model_name} has no {', '.join(missing)} embeddings to compare; "
+                f"it has {', '.join(kinds_of(pipeline))}",
                 param="weights",
             )
         sides = await represent_sides(
@@ -199,9 +198,8 @@ def check_products(sides: Iterable[tuple[Representations, Representations]], mos
     products = sum(count_products(*pair) for pair in sides)
     if products > most:
         raise AnswerTooLarge(
-            f"the scores take {products:.1e} multiplications, and one request may take {most:.1e}; "
-            "send fewer or "
-            "shorter texts at a time (the operator can raise the limit with GATEWAY_MAX_PRODUCTS)"
+            f"the scores take {products:.1e} multiplications, and one request may take {most:.1e}; send "
+            "fewer or shorter texts at a time (the operator can raise the limit with GATEWAY_MAX_PRODUCTS)"
         )
 
 

@@ -239,9 +239,8 @@ async def classify(
         )
     if not np.isfinite(rows[LOGITS]).all():
         raise ServerFault(
-            f"the model {pipeline.served_model_name} gave numbers that are not finite: its "
-            "checkpoint may be broken, or "
-            "its dtype too narrow"
+            f"the model {pipeline.served_model_name} gave numbers that are not finite: its checkpoint may be "
+            "broken, or its dtype too narrow"
         )
     return Classified(rows[LOGITS], rows[N_TOKENS][:, 0], rows[TRUNCATED][:, 0])
 

@@ -129,8 +129,8 @@ def to_base64(row: npt.NDArray[Any]) -> str:
 
 def _too_large(max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(
-        f"the body is larger than {max_bytes} bytes; send fewer inputs at a time "
-        "(the operator can raise the limit with GATEWAY_MAX_BODY_BYTES)"
+        f"the body is larger than {max_bytes} bytes; send fewer inputs at a time (the operator can raise the "
+        "limit with GATEWAY_MAX_BODY_BYTES)"
     )
 
 

@@ -110,8 +110,8 @@ def chain_size(checkpoint: Checkpoint) -> int:
     for module in rest:
         if module.kind not in _LINKS:
             raise CheckpointError(
-                f"{where} holds the module {module.kind}, which is not served; "
-                f"behind the Pooling there may be {', '.join(_LINKS)}"
+                f"{where} holds the module {module.kind}, which is not served; behind the Pooling there may "
+                f"be {', '.join(_LINKS)}"
             )
         size = _link_size(module, size)
     return size

@@ -94,15 +94,13 @@ def _outputs(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
         "ForSequenceClassification"
     ):
         raise CheckpointError(
-            f"{checkpoint.path} is a {checkpoint.architecture or 'model'} of type "
-            f"{checkpoint.model_type!r}, which has "
-            "no classification head that is served"
+            f"{checkpoint.path} is a {checkpoint.architecture or 'model'} of type {checkpoint.model_type!r}, "
+            "which has no classification head that is served"
         )
     if checkpoint.modules and checkpoint.has_modules:
         raise CheckpointError(
-            f"{checkpoint.path}/modules.json holds the module {checkpoint.modules[0].kind}, which "
-            "is not served in a "
-            "reranker or classifier"
+            f"{checkpoint.path}/modules.json holds the module {checkpoint.modules[0].kind}, which is not "
+            "served in a reranker or classifier"
         )
     return (TensorSpec(LOGITS, "FP32", (len(labels(checkpoint)),)),)
 

@@ -187,8 +187,7 @@ def _check(checkpoint: Checkpoint) -> None:
     if not has_masked_lm(checkpoint):
         raise CheckpointError(
             f"{checkpoint.path} has no sparse head: no sparse_linear.pt, and the "
-            f"{checkpoint.architecture or 'model'} "
-            "has no masked-language-model head that is served"
+            f"{checkpoint.architecture or 'model'} has no masked-language-model head that is served"
         )
 
 

@@ -95,9 +95,8 @@ async def score(request: Request) -> Response:
     second = read_texts(value, own.settings.max_documents, field)
     if len(first) not in (1, len(second)):
         raise BadRequest(
-            f"{name} has {len(first)} texts and {field} has {len(second)}; give one text and "
-            "several, or two lists of "
-            "one length",
+            f"{name} has {len(first)} texts and {field} has {len(second)}; give one text and several, or "
+            "two lists of one length",
             param=name,
         )
     pipeline = await own.scorer.find(body.model)

@@ -172,9 +172,8 @@ async def tokenize_texts(request: Request) -> Response:
     size, most = sum(map(len, items.elements)), own.settings.max_tokenize_bytes
     if size > most:
         raise BodyTooLarge(
-            f"inputs has {size} bytes of text; at most {most} are tokenised at once (the operator "
-            "can raise the "
-            "limit with GATEWAY_MAX_TOKENIZE_BYTES)",
+            f"inputs has {size} bytes of text; at most {most} are tokenised at once (the operator can raise "
+            "the limit with GATEWAY_MAX_TOKENIZE_BYTES)",
             param="inputs",
         )
     if items.has_ids:

@@ -66,6 +66,6 @@ def claim_port(host: str, port: int, flag: str) -> int:
         if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
             raise CommandError(f"{host} is no address of this machine; give another with --host") from error
         raise CommandError(
-            f"port {port} on {host} cannot be used ({error.strerror or error}); "
-            f"stop what listens there, or give another with {flag}"
+            f"port {port} on {host} cannot be used ({error.strerror or error}); stop what listens there, or "
+            f"give another with {flag}"
         ) from error

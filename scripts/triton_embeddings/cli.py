@@ -214,8 +214,8 @@ def serve(
     options = _given(locals())
     if chat_template is not None:
         raise CommandError(
-            f"--chat-template {chat_template} is for models of text and images, "
-            "which are not served yet; leave it out"
+            f"--chat-template {chat_template} is for models of text and images, which are not served yet; "
+            "leave it out"
         )
     addresses = Addresses(host, port, http_port, grpc_port, metrics_port).claim()
     repository = model_repository or models.default_repository()

@@ -45,8 +45,8 @@ def find_server() -> ServerBinary:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         raise CommandError(
-            "no tritonserver on PATH, in /opt/tritonserver or in this environment; "
-            "install it with: pip install nvidia-pytriton==0.7.0 'numpy<2'"
+            "no tritonserver on PATH, in /opt/tritonserver or in this environment; install it with: pip "
+            "install nvidia-pytriton==0.7.0 'numpy<2'"
         )
     root = Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
     backends = _assemble_backends(root)
@@ -153,9 +153,8 @@ def _libpython_folder() -> Path:
             return Path(place)
     package = f"libpython{sys.version_info.major}.{sys.version_info.minor}"
     raise CommandError(
-        f"{name} is missing, which the server's Python backend needs; install it (Debian, Ubuntu: "
-        f"apt-get install {package}) "
-        "or use a Python that was built with --enable-shared"
+        f"{name} is missing, which the server's Python backend needs; install it (Debian, Ubuntu: apt-get "
+        f"install {package}) or use a Python that was built with --enable-shared"
     )
 
 

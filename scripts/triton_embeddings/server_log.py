@@ -27,8 +27,7 @@ def explain_exit(name: str, exit_code: int, log: Path) -> str:
                 model = missing["model"]
                 return (
                     f"the model {model} is not whole: {missing['text'].strip()}; write it anew with "
-                    "triton-embeddings "
-                    f"add (the server's log: {log})"
+                    f"triton-embeddings add (the server's log: {log})"
                 )
     return f"{name} ended with exit code {exit_code} (the server's log: {log})"
 

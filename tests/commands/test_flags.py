@@ -15,8 +15,8 @@ from triton_embeddings.flags import rewrite
         (
             "serve --checkpoint_path /models/bert --model_type bert --act_type fp16 --start_port 8088 "
             "--TASK_TYPE DENSE_EMBEDDING --MAX_CONTEXT_BATCH_SIZE 20",
-            "serve /models/bert --model-type bert --dtype float16 --port 8088 "
-            "--task DENSE_EMBEDDING --max-context-batch-size 20",
+            "serve /models/bert --model-type bert --dtype float16 --port 8088 --task DENSE_EMBEDDING "
+            "--max-context-batch-size 20",
         ),
         # Either spelling, and values behind an equals sign.
         (

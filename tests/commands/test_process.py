@@ -55,8 +55,8 @@ def test_what_does_not_end_is_killed_with_its_children(tmp_path):
 
 def test_children_do_not_outlive_a_killed_parent(tmp_path):
     script = (
-        "import os, sys, time; from triton_embeddings.process import Child; "
-        f"Child('x', [sys.executable, '-c', {MILD!r}, sys.argv[1]], os.environ); time.sleep(600)"
+        "import os, sys, time; from triton_embeddings.process import Child; Child('x', [sys.executable, "
+        f"'-c', {MILD!r}, sys.argv[1]], os.environ); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "pid")])
     child = pid_in(tmp_path / "pid")
@@ -248,9 +248,8 @@ def test_a_server_on_the_path_is_taken_and_our_own_command_is_not(tmp_path, monk
 def test_an_entry_that_is_not_whole_is_named(tmp_path):
     log = tmp_path / "log"
     log.write_text(
-        "E1 model_repository_manager.cc:703] Invalid argument: ensemble tiny contains models that "
-        "are not available "
-        "or ambiguous: tiny.tokens\n"
+        "E1 model_repository_manager.cc:703] Invalid argument: ensemble tiny contains models that are not "
+        "available or ambiguous: tiny.tokens\n"
     )
     text = explain_exit("tritonserver", 1, log)
     assert text.startswith(
