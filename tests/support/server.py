@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -101,11 +100,12 @@ def serve(
         )
     serving = Serving(process, output, f"http://127.0.0.1:{port}", f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
     try:
-        ready = wait_until(
-            lambda: re.search(r"^ready at ", output.read_text(), re.MULTILINE) or process.poll() is not None,
-            "the line that begins with `ready at`",
+        wait_until(
+            # The last line of what it says when it is ready.
+            lambda: "\nCtrl-C stops everything" in output.read_text() or process.poll() is not None,
+            "the line that says how to stop",
         )
-        assert ready is not True, f"it ended with {process.returncode}: {output.read_text()}"
+        assert process.poll() is None, f"it ended with {process.returncode}: {output.read_text()}"
         yield serving
     finally:
         if process.poll() is None:
