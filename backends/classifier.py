@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from backends import layers
 from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError
+from backends.head_weights import HeadWeights, setting
 from backends.ragged import Ragged
 from backends.sentence_modules import Pooling
-from backends.weights import read_tensors
 
 
 @dataclass(frozen=True)
@@ -89,31 +87,14 @@ class ClassificationHead(torch.nn.Module):
 def load_classifier(checkpoint: Checkpoint, n_labels: int, device: torch.device) -> ClassificationHead:
     """The head in float32. Raises CheckpointError when a tensor is missing, or has other labels than told."""
     layout = LAYOUTS[checkpoint.model_type]
-    folder = checkpoint.transformer_path
-    found = {name: value.to(device).float() for name, value in read_tensors(folder, layout.names).items()}
-
-    def take(name: str) -> torch.Tensor:
-        if name not in found:
-            raise CheckpointError(f"{folder} lacks {name}, a weight of its classification head")
-        return found[name]
-
-    output = take(f"{layout.output}.weight")
-    if output.shape[0] != n_labels:
+    weights = HeadWeights(checkpoint, "classification head", layout.names, device, torch.float32)
+    n_own = weights.take(f"{layout.output}.weight").shape[0]
+    if n_own != n_labels:
         raise CheckpointError(
-            f"{folder}: the classification head has {output.shape[0]} labels, but config.json tells of "
+            f"{weights.folder}: the classification head has {n_own} labels, but config.json tells of "
             f"{n_labels} (two where it has neither num_labels nor id2label); give it the right id2label"
         )
-    steps: list[torch.nn.Module] = []
-    if layout.dense is not None:
-        steps.append(layers.linear(take(f"{layout.dense}.weight"), found.get(f"{layout.dense}.bias")))
-        steps.append(layers.activation(str(_setting(checkpoint.config, layout.activation, "gelu"))))
-    if layout.norm is not None:
-        eps = float(_setting(checkpoint.config, layout.norm_eps, 1e-5))
-        steps.append(layers.norm(take(f"{layout.norm}.weight"), found.get(f"{layout.norm}.bias"), eps))
-    steps.append(layers.linear(output, found.get(f"{layout.output}.bias")))
-    pooling = str(_setting(checkpoint.config, layout.pooling, "cls"))
+    steps = weights.transform(layout.dense, layout.activation, layout.norm, layout.norm_eps, 1e-5)
+    steps.append(weights.linear(layout.output))
+    pooling = str(setting(checkpoint.config, layout.pooling, "cls"))
     return ClassificationHead(pooling, steps).eval().requires_grad_(False)
-
-
-def _setting(config: Mapping[str, Any], name: str, default: Any) -> Any:
-    return name[1:] if name.startswith("=") else config.get(name, default)

@@ -57,6 +57,11 @@ DECODED = "decoded"
 TOKEN_DTYPE = np.dtype("<i4")
 """How a list of token ids travels inside one element of `text` (see RequestParameter.TEXT_FORMAT)."""
 
+MAX_CHARS_PER_TOKEN = 256
+"""A text with more characters than this for each token of the limit is over the limit, whatever they are: an
+unbroken string of any length can be one token of some vocabularies.
+"""
+
 
 class Task(StrEnum):
     """What a client wants of a model."""

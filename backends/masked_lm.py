@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from backends import layers
 from backends.checkpoint import Checkpoint
-from backends.errors import CheckpointError
-from backends.weights import read_tensors
+from backends.head_weights import HeadWeights
 
 
 @dataclass(frozen=True)
@@ -52,24 +50,14 @@ def _bert_like(prefix: str) -> Layout:
     )
 
 
-def _roberta_like(prefix: str, activation: str = "=gelu") -> Layout:
+def _roberta_like(prefix: str, norm: str = "layer_norm", activation: str = "=gelu") -> Layout:
     return Layout(
         words=f"{prefix}.embeddings.word_embeddings.weight",
         dense="lm_head.dense",
-        norm="lm_head.layer_norm",
+        norm=f"lm_head.{norm}",
         decoder="lm_head.decoder",
         bias=("lm_head.bias", "lm_head.decoder.bias"),
         activation=activation,
-    )
-
-
-def _gte(prefix: str) -> Layout:
-    return Layout(
-        words=f"{prefix}.embeddings.word_embeddings.weight",
-        dense="lm_head.dense",
-        norm="lm_head.norm",
-        decoder="lm_head.decoder",
-        bias=("lm_head.decoder.bias", "lm_head.bias"),
     )
 
 
@@ -112,8 +100,8 @@ _LAYOUTS: Mapping[str, Layout] = {
         decoder="predictions.decoder",
         bias=("predictions.bias", "predictions.decoder.bias"),
     ),
-    "gte": _gte("gte"),
-    "new": _gte("new"),
+    "gte": _roberta_like("gte", "norm", "hidden_act"),
+    "new": _roberta_like("new", "norm", "hidden_act"),
     "eurobert": Layout(words="model.embed_tokens.weight", decoder="lm_head"),
 }
 
@@ -141,27 +129,9 @@ def load_masked_lm(
 ) -> MaskedLanguageModelHead:
     """The head in `dtype`. Raises CheckpointError when a tensor is missing."""
     layout = _LAYOUTS[checkpoint.model_type]
-    folder = checkpoint.transformer_path
-    found = {name: value.to(device, dtype) for name, value in read_tensors(folder, layout.names).items()}
-
-    def take(name: str) -> torch.Tensor:
-        if name not in found:
-            raise CheckpointError(f"{folder} lacks {name}, a weight of its masked-language-model head")
-        return found[name]
-
-    steps: list[torch.nn.Module] = []
-    if layout.dense is not None:
-        weight, bias = take(f"{layout.dense}.weight"), found.get(f"{layout.dense}.bias")
-        steps.append(layers.linear(weight, bias))
-        steps.append(layers.activation(str(_setting(checkpoint.config, layout.activation, "gelu"))))
-    if layout.norm is not None:
-        eps = float(_setting(checkpoint.config, layout.norm_eps, 1e-12))
-        steps.append(layers.norm(take(f"{layout.norm}.weight"), found.get(f"{layout.norm}.bias"), eps))
-    decoder = found.get(f"{layout.decoder}.weight")
-    bias = next((found[name] for name in layout.bias if name in found), None)
-    steps.append(layers.linear(take(layout.words) if decoder is None else decoder, bias))
+    weights = HeadWeights(checkpoint, "masked-language-model head", layout.names, device, dtype)
+    steps = weights.transform(layout.dense, layout.activation, layout.norm, layout.norm_eps, 1e-12)
+    decoder = weights.found.get(f"{layout.decoder}.weight")
+    bias = next((weights.found[name] for name in layout.bias if name in weights.found), None)
+    steps.append(layers.linear(weights.take(layout.words) if decoder is None else decoder, bias))
     return MaskedLanguageModelHead(steps, dtype).eval().requires_grad_(False)
-
-
-def _setting(config: Mapping[str, Any], name: str, default: Any) -> Any:
-    return name[1:] if name.startswith("=") else config.get(name, default)

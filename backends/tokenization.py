@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from backends.checkpoint import Checkpoint
-from backends.contract import TOKEN_DTYPE, ErrorCode
+from backends.contract import MAX_CHARS_PER_TOKEN, TOKEN_DTYPE, ErrorCode
 from backends.errors import CheckpointError, RequestError
 from backends.late_interaction import LateInteraction
 from backends.tokenizer_file import (
@@ -35,9 +35,6 @@ from backends.tokenizer_settings import TokenizerSettings
 # strings).
 _WINDOW_CHARS_PER_TOKEN = 16
 _WINDOW_GROWTH = 4
-# A text with more characters than this for each token of the limit is over the limit, whatever they are: an
-# unbroken string of any length can be one token of some vocabularies.
-_MAX_CHARS_PER_TOKEN = 256
 
 
 @dataclass(frozen=True)
@@ -194,7 +191,7 @@ class TextTokenizer:
     def _check_prompt(self, settings: TokenizerSettings) -> None:
         """A prompt is never truncated: without its end it would be another one."""
         prompt, room = settings.prompt, self._room(settings.role)
-        is_too_long = len(prompt) > room * _MAX_CHARS_PER_TOKEN
+        is_too_long = len(prompt) > room * MAX_CHARS_PER_TOKEN
         if is_too_long or (prompt and len(self._prompt_ids(prompt)) >= room):
             raise RequestError(
                 ErrorCode.INVALID_PROMPT,
@@ -206,7 +203,7 @@ class TextTokenizer:
         """(ids without special tokens, number of characters that were not looked at) of each text."""
         room = self._room(settings.role)
         window = room * _WINDOW_CHARS_PER_TOKEN
-        limit = room * _MAX_CHARS_PER_TOKEN
+        limit = room * MAX_CHARS_PER_TOKEN
         rows: list[tuple[TokenIds, int]] = [(np.empty(0, np.int32), 0)] * len(texts)
         waiting = list(range(len(texts)))
         while waiting:
@@ -264,10 +261,10 @@ class TextTokenizer:
             return [Description(ids, [self._piece(i) for i in ids], [(0, 0)] * len(ids), []) for ids in rows]
         texts = [settings.prompt + _decode(i, item) for i, item in enumerate(items)]
         for i, text in enumerate(texts):
-            if len(text) > self.max_length * _MAX_CHARS_PER_TOKEN:
+            if len(text) > self.max_length * MAX_CHARS_PER_TOKEN:
                 raise RequestError(
                     ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                    f"the text has {len(text)} characters; at most {self.max_length * _MAX_CHARS_PER_TOKEN} "
+                    f"the text has {len(text)} characters; at most {self.max_length * MAX_CHARS_PER_TOKEN} "
                     "are looked at here",
                     i,
                 )
@@ -349,7 +346,7 @@ class TextTokenizer:
             return f"{length} tokens"
         if len(ids) > room:
             return f"more than {length} tokens"
-        return f"more than {_MAX_CHARS_PER_TOKEN} characters for each token that fits"
+        return f"more than {MAX_CHARS_PER_TOKEN} characters for each token that fits"
 
     def _encode_prompt(self, prompt: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(prompt, add_special_tokens=False).ids)

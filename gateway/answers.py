@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import orjson
 
 from gateway.inference import Array
-from gateway.tasks import Representations, SparseVector
+from gateway.tasks import Classified, Representations, SparseVector
 from gateway.wire import matrix, to_base64
 
 
-def usage(*made: Representations) -> dict[str, int]:
+def usage(*made: Representations | Classified) -> dict[str, int]:
     """OpenAI's account of tokens."""
-    count = sum(int(one.n_tokens.sum()) for one in made)
+    return usage_of(sum(int(one.n_tokens.sum()) for one in made))
+
+
+def usage_of(count: int) -> dict[str, int]:
+    """The same of a count of tokens."""
     return {"prompt_tokens": count, "total_tokens": count}
+
+
+def usage_header(used: dict[str, int]) -> dict[str, str]:
+    """Where RTP-LLM tells of the usage besides the body."""
+    return {"USAGE": orjson.dumps(used).decode()}
+
+
+def truncated_header(places: Iterable[int | str]) -> dict[str, str]:
+    """Tells which texts were cut, where the answer is a bare list that cannot; nothing for none."""
+    told = ",".join(map(str, places))
+    return {"x-truncated-inputs": told} if told else {}
 
 
 def sparse_pairs(vector: SparseVector) -> dict[str, Array]:

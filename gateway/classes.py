@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from backends.contract import Task
+from gateway.answers import truncated_header
 from gateway.catalog import Catalog
 from gateway.errors import BadRequest, EmptyInput
 from gateway.inference import Array, Inference, Pipeline
@@ -53,8 +54,7 @@ async def predict(
     activation = "identity" if body.raw_scores else pipeline.label_activation
     scores = await asyncio.get_running_loop().run_in_executor(calculator, activate, made.logits, activation)
     rows = await in_turns(scores, lambda row: labelled(pipeline, row))
-    places = made.is_truncated.nonzero()[0].tolist()
-    headers = {"x-truncated-inputs": ",".join(map(str, places))} if places else {}
+    headers = truncated_header(made.is_truncated.nonzero()[0].tolist())
     # A list of one row and the row are told apart by what was sent.
     return (rows if is_batch else [*labelled(pipeline, scores[0])]), headers
 

@@ -200,6 +200,11 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def read_limit(truncate_prompt_tokens: int | None) -> int | None:
+    """vLLM's limit of tokens; -1 and 0 are the model's own, which is None here."""
+    return truncate_prompt_tokens if truncate_prompt_tokens and truncate_prompt_tokens > 0 else None
+
+
 def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "an object")
 

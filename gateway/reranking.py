@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
+from gateway.answers import truncated_header
 from gateway.errors import BadRequest
-from gateway.inputs import MAX_INT, SIDES, read_text, read_texts
+from gateway.inputs import MAX_INT, SIDES, read_limit, read_text, read_texts
 from gateway.kinds import read_weights
 from gateway.scoring import Scorer
 from gateway.tasks import TextOptions
@@ -93,7 +94,13 @@ async def rerank(
     pipeline = await scorer.find(body.model)
     weights = read_weights(body.weights)
     scores = await scorer.rank(
-        pipeline, query, documents, _options(body), _activation(body, default_activation), weights, field
+        pipeline,
+        query,
+        documents,
+        _options(body),
+        _activation(body, default_activation),
+        weights,
+        ("query", field),
     )
     order = np.arange(len(documents))
     if body.sorted is not False:
@@ -121,10 +128,9 @@ def _options(body: RerankRequest) -> TextOptions:
     asked = body.truncation if body.truncation is not None else body.truncate
     side = body.truncation_side or body.truncation_direction
     truncation = "document" if body.truncate_only_documents else SIDES[side or "right"]
-    limit = body.truncate_prompt_tokens
     return TextOptions(
         truncation="error" if asked is False else truncation,
-        max_tokens=limit if limit is not None and limit > 0 else None,
+        max_tokens=read_limit(body.truncate_prompt_tokens),
         max_query_tokens=body.max_tokens_per_query,
         max_document_tokens=body.max_tokens_per_doc,
     )
@@ -136,8 +142,7 @@ def tei_rows(body: RerankRequest, hits: list[Hit]) -> tuple[list[dict[str, Any]]
         {"index": hit.index, "score": hit.score, **({"text": hit.text} if body.return_text else {})}
         for hit in hits
     ]
-    places = sorted(hit.index for hit in hits if hit.is_truncated)
-    return rows, {"x-truncated-inputs": ",".join(map(str, places))} if places else {}
+    return rows, truncated_header(sorted(hit.index for hit in hits if hit.is_truncated))
 
 
 def tei_request(body: RerankRequest) -> RerankRequest:

@@ -9,16 +9,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from backends.contract import Task
+from backends.contract import MAX_CHARS_PER_TOKEN, Task
 from gateway.catalog import Catalog
 from gateway.errors import AnswerTooLarge, BadRequest, WrongTask
 from gateway.inference import Array, Inference, Pipeline
 from gateway.kinds import DEFAULT_WEIGHTS, KIND_TASKS, kinds_to_tasks
 from gateway.similarity import count_products, mixed_scores
 from gateway.tasks import Items, Representations, Side, TextOptions, classify, represent_sides
-
-# The tokenizer looks at no more of a text for each token of the limit (backends/tokenization.py).
-_CHARS_PER_TOKEN = 256
 
 
 def activate(logits: Array, activation: str) -> Array:
@@ -90,18 +87,17 @@ class Scorer:
         options: TextOptions,
         activation: str | None,
         weights: Mapping[str, float] | None = None,
-        field: str = "documents",
+        names: tuple[str, str] = ("query", "documents"),
     ) -> Scores:
-        """One query against documents, which the client calls `field`. `activation` None is the checkpoint's
-        own.
+        """One query against documents, which the client calls by these `names`. `activation` None is the
+        checkpoint's own.
 
         Raises GatewayError.
         """
         if Task.SCORE in pipeline.tasks:
             query = shorten(query, pipeline, options)
             pairs = [(query, shorten(document, pipeline, options)) for document in documents]
-            return await self._classify(pipeline, pairs, options, activation, field)
-        names = ("query", field)
+            return await self._classify(pipeline, pairs, options, activation, names[1])
         sides, chosen = await self._sides(pipeline, [query], documents, options, weights, names)
         check_products([sides], self.max_products)
         loop = asyncio.get_running_loop()
@@ -117,13 +113,13 @@ class Scorer:
         options: TextOptions,
         activation: str | None,
         weights: Mapping[str, float] | None = None,
+        names: tuple[str, str] = ("text_1", "text_2"),
     ) -> Scores:
-        """Pairs, each for itself. Raises GatewayError."""
+        """Pairs, each for itself, of what the client calls by these `names`. Raises GatewayError."""
         if Task.SCORE in pipeline.tasks:
             short = [(shorten(a, pipeline, options), shorten(b, pipeline, options)) for a, b in pairs]
-            return await self._classify(pipeline, short, options, activation, "text_2")
+            return await self._classify(pipeline, short, options, activation, names[1])
         firsts, seconds = [a for a, _ in pairs], [b for _, b in pairs]
-        names = ("text_1", "text_2")
         (left, right), chosen = await self._sides(pipeline, firsts, seconds, options, weights, names)
         rows = [(left.part(i, i + 1), right.part(i, i + 1)) for i in range(len(pairs))]
         check_products(rows, self.max_products)
@@ -181,7 +177,7 @@ def shorten(text: str, pipeline: Pipeline, options: TextOptions) -> str:
     """What of a text can matter to the model, and a little more, so that it is still seen to be over the
     limit: a query goes with every document.
     """
-    most = pipeline.max_length * _CHARS_PER_TOKEN + 16
+    most = pipeline.max_length * MAX_CHARS_PER_TOKEN + 16
     if len(text) <= most:
         return text
     return text[-most:] if options.truncation == "left" else text[:most]

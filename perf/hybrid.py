@@ -1,7 +1,7 @@
 """What one pass for several heads saves: dense, sparse and ColBERT alone, together, and as three requests.
 
-    .venv-test/bin/python perf/hybrid.py --make /tmp/random-m3
-    scripts/serve /tmp/random-m3 &
+    .venv-test/bin/python perf/hybrid.py --make random-m3
+    scripts/serve random-m3 &
     .venv-test/bin/python perf/hybrid.py
 
 The checkpoint is in BGE-M3's layout with random weights (6 layers of 384), which is as fast as a trained one.

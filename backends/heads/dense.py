@@ -153,8 +153,9 @@ class DenseHead:
         wanted = parameters.get(RequestParameter.DIMENSIONS)
         is_number = isinstance(wanted, int) and not isinstance(wanted, bool)
         if wanted is not None and not (is_number and 1 <= wanted <= (self.size or wanted)):
+            takes = f"1 to {self.size}" if self.size else "a whole number from 1 up"
             raise RequestError(
-                ErrorCode.INVALID_DIMENSIONS, f"dimensions is {wanted}; this model takes 1 to {self.size}"
+                ErrorCode.INVALID_DIMENSIONS, f"dimensions is {wanted}; this model takes {takes}"
             )
 
     def __call__(

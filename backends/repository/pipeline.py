@@ -28,8 +28,7 @@ from backends.contract import (
 from backends.errors import CheckpointError, OptionError
 from backends.families import family_of
 from backends.families.base import Family
-from backends.heads import HEADS
-from backends.late_interaction import late_interaction_of
+from backends.heads import HEADS, encoder_inputs, late_interaction
 from backends.options import WIRE_DTYPES, ServingOptions
 from backends.trust import check_trust
 
@@ -195,14 +194,12 @@ def _tokenizer(reference: str, options: ServingOptions, heads: tuple[str, ...]) 
 def _encoder(
     reference: str, checkpoint: Checkpoint, options: ServingOptions, family: Family, heads: tuple[str, ...]
 ) -> StageSpec:
-    late = late_interaction_of(checkpoint) if "colbert" in heads else None
-    keys = [_ROWS[KEY_LENGTH]] if late is not None and late.has_blind_tokens else []
-    if any(HEADS[head].takes_pairs for head in heads) and family.tells_pairs_apart(checkpoint.config):
-        keys.append(_ROWS[FIRST_LENGTH])
+    tells_apart = family.tells_pairs_apart(checkpoint.config)
+    extra = encoder_inputs(checkpoint, heads, tells_pairs_apart=tells_apart)
     return StageSpec(
         stage="encoder",
         stage_class="backends.stages.encoder.EncoderStage",
-        inputs=(_ROWS[INPUT_IDS], _ROWS[LENGTH], *keys),
+        inputs=(_ROWS[INPUT_IDS], _ROWS[LENGTH], *(_ROWS[name] for name in extra)),
         outputs=(_hidden(checkpoint, options),),
         parameters={"checkpoint": reference, "heads": ",".join(heads), **options.to_parameters()},
         device=options.device,
@@ -228,7 +225,7 @@ def _max_length(
     checkpoint: Checkpoint, options: ServingOptions, family: Family, heads: tuple[str, ...]
 ) -> int:
     """Tokens of a text, or of a document where queries are shorter."""
-    late = late_interaction_of(checkpoint) if "colbert" in heads else None
+    late = late_interaction(checkpoint, heads)
     own = family.max_length(checkpoint)
     most = min(family.most_tokens(checkpoint), options.max_length or NO_LIMIT)
     return own if late is None else min(late.lengths.get("document", own), most)

@@ -52,7 +52,7 @@ class StageContext:
     @property
     def heads(self) -> frozenset[str]:
         """The heads of the pipeline that the entry belongs to."""
-        return frozenset(self.parameters.get(HEADS, "").split(","))
+        return frozenset(filter(None, self.parameters.get(HEADS, "").split(",")))
 
 
 class StageRequest:

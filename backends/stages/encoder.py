@@ -18,8 +18,7 @@ from backends.contract import FIRST_LENGTH, HIDDEN, INPUT_IDS, KEY_LENGTH, LENGT
 from backends.device import TORCH_DTYPES, compute_dtype, place
 from backends.families import family_of
 from backends.forward import choose_forward, encode
-from backends.heads import HEADS
-from backends.late_interaction import late_interaction_of
+from backends.heads import encoder_inputs
 from backends.options import WIRE_DTYPES
 from backends.ragged import Lengths, Ragged
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
@@ -41,10 +40,9 @@ class EncoderStage(Stage):
         self.device = place(context.device)
         dtype = compute_dtype(options.dtype, self.device)
         family = family_of(context.checkpoint, options.model_type)
-        late = late_interaction_of(context.checkpoint) if "colbert" in context.heads else None
-        self.has_key_length = late is not None and late.has_blind_tokens
-        takes_pairs = any(HEADS[head].takes_pairs for head in context.heads if head)
-        self.has_first_length = takes_pairs and family.tells_pairs_apart(context.checkpoint.config)
+        tells_apart = family.tells_pairs_apart(context.checkpoint.config)
+        extra = encoder_inputs(context.checkpoint, context.heads, tells_pairs_apart=tells_apart)
+        self.has_key_length, self.has_first_length = KEY_LENGTH in extra, FIRST_LENGTH in extra
 
         def load(attention: str | None) -> torch.nn.Module:
             return family.load(context.checkpoint, attention, dtype, self.device)

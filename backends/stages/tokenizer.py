@@ -31,8 +31,7 @@ from backends.contract import (
 )
 from backends.errors import RequestError
 from backends.families import family_of
-from backends.heads import HEADS
-from backends.late_interaction import late_interaction_of
+from backends.heads import late_interaction, takes_pairs
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 from backends.tokenization import TextTokenizer, Tokens
 from backends.tokenizer_settings import TokenizerSettings
@@ -47,10 +46,10 @@ class TokenizerStage(Stage):
     def setup(self, context: StageContext) -> None:
         checkpoint = context.checkpoint
         family = family_of(checkpoint, context.options.model_type)
-        self.late = late_interaction_of(checkpoint) if "colbert" in context.heads else None
+        self.late = late_interaction(checkpoint, context.heads)
         most_tokens = min(family.most_tokens(checkpoint), context.options.max_length or NO_LIMIT)
         self.tokenizer = TextTokenizer(checkpoint, family.max_length(checkpoint), self.late, most_tokens)
-        self.takes_pairs = any(HEADS[head].takes_pairs for head in context.heads if head)
+        self.takes_pairs = takes_pairs(context.heads)
         self.truncation = context.options.truncation
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:

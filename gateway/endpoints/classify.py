@@ -11,17 +11,17 @@ import time
 import uuid
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from backends.contract import Task
 from gateway import classes, error_bodies
+from gateway.answers import truncated_header, usage, usage_header
 from gateway.classes import PredictRequest
 from gateway.endpoints.dialect import Dialect, Services, describe, services, speak
 from gateway.errors import BadRequest, EmptyInput
 from gateway.inference import Array, Pipeline
-from gateway.inputs import MAX_INT
+from gateway.inputs import MAX_INT, read_limit
 from gateway.scoring import activate
 from gateway.tasks import Classified, TextOptions
 from gateway.wire import check, in_turns, matrix, parse, read, read_bytes, respond
@@ -68,12 +68,12 @@ async def classify_rtp_llm(request: Request) -> Response:
         "score": await matrix(made.logits),
         "model": body.model or pipeline.served_model_name,
         "labels": pipeline.labels,
-        "usage": _usage(made),
+        "usage": usage(made),
     }
     places = made.is_truncated.nonzero()[0].tolist()
     return respond(
         {**answer, "truncated": places} if places else answer,
-        headers={"USAGE": orjson.dumps(_usage(made)).decode()},
+        headers=usage_header(usage(made)),
     )
 
 
@@ -117,8 +117,10 @@ async def classify_texts(request: Request) -> Response:
             "created": int(time.time()),
             "model": body.model or pipeline.served_model_name,
             "data": data,
-            "usage": _usage(made),
-        }
+            "usage": usage(made),
+        },
+        # infinity's rows are lists, which cannot say it.
+        headers=truncated_header(made.is_truncated.nonzero()[0].tolist()) if is_infinity else {},
     )
 
 
@@ -162,10 +164,7 @@ async def _classify(
     if asked is None and body.truncate_prompt_tokens is not None:
         asked = True
     truncation = default_truncation if asked is None else "right" if asked else "error"
-    limit = body.truncate_prompt_tokens
-    options = TextOptions(
-        truncation=truncation, max_tokens=limit if limit is not None and limit > 0 else None
-    )
+    options = TextOptions(truncation=truncation, max_tokens=read_limit(body.truncate_prompt_tokens))
     return pipeline, await classes.logits(own.inference, pipeline, texts, options, "input")
 
 
@@ -178,11 +177,6 @@ def _class(pipeline: Pipeline, row: Array, index: int, made: Classified) -> dict
         "num_classes": len(row),
         **({"truncated": True} if made.is_truncated[index] else {}),
     }
-
-
-def _usage(made: Classified) -> dict[str, int]:
-    count = int(made.n_tokens.sum())
-    return {"prompt_tokens": count, "total_tokens": count}
 
 
 DIALECT = Dialect(router, error_bodies.OPENAI)

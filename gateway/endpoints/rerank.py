@@ -14,10 +14,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
 
 from gateway import error_bodies, reranking
+from gateway.answers import usage_header, usage_of
 from gateway.endpoints.dialect import Dialect, describe, services, speak
 from gateway.reranking import Hit, Ranking, RerankRequest
 from gateway.wire import check, parse, read_bytes, respond
@@ -61,10 +61,9 @@ async def rerank_rtp_llm(request: Request) -> Response:
         if body.return_documents is not False:
             row["document"] = hit.text
         results.append(_marked(row, hit))
-    usage = {"prompt_tokens": ranking.n_tokens, "total_tokens": ranking.n_tokens}
     return respond(
         {"results": results, "total_tokens": ranking.n_tokens, "model": ranking.model},
-        headers={"USAGE": orjson.dumps(usage).decode()},
+        headers=usage_header(usage_of(ranking.n_tokens)),
     )
 
 
@@ -155,7 +154,7 @@ def _answer(
         "object": "list",
         "model": ranking.model,
         "results": results,
-        "usage": {"prompt_tokens": ranking.n_tokens, "total_tokens": ranking.n_tokens},
+        "usage": usage_of(ranking.n_tokens),
         "meta": {
             "api_version": {"version": "1"},
             "billed_units": {"search_units": 1},

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, StrictBool
 
 from backends.contract import Task
-from gateway.answers import mark_truncated, usage, vectors_of
+from gateway.answers import mark_truncated, usage, usage_header, vectors_of
 from gateway.endpoints.dialect import Dialect, Services, describe, services
 from gateway.error_bodies import RTP_LLM
 from gateway.errors import (
@@ -268,7 +267,7 @@ def _pairs(vector: SparseVector, name: Callable[[int], str]) -> tuple[list[str],
 
 
 def _respond(answer: dict[str, Any], used: dict[str, int]) -> Response:
-    return respond(answer, headers={"USAGE": orjson.dumps(used).decode()})
+    return respond(answer, headers=usage_header(used))
 
 
 DIALECT = Dialect(router, RTP_LLM)

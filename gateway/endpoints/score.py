@@ -13,9 +13,10 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from gateway import error_bodies
+from gateway.answers import usage_of
 from gateway.endpoints.dialect import Dialect, describe, services
 from gateway.errors import BadRequest
-from gateway.inputs import MAX_INT, read_texts
+from gateway.inputs import MAX_INT, read_limit, read_texts
 from gateway.kinds import read_weights
 from gateway.tasks import TextOptions
 from gateway.wire import read, respond
@@ -100,25 +101,24 @@ async def score(request: Request) -> Response:
             param=name,
         )
     pipeline = await own.scorer.find(body.model)
-    limit = body.truncate_prompt_tokens
-    is_cut = limit is not None or body.truncate or body.truncation_side is not None
+    truncation = None
+    if body.truncate is False:
+        truncation = "error"
+    elif body.truncate or body.truncation_side or body.truncate_prompt_tokens is not None:
+        truncation = body.truncation_side or "right"
     options = TextOptions(
-        truncation="error"
-        if body.truncate is False
-        else (body.truncation_side or "right")
-        if is_cut
-        else None,
+        truncation=truncation,
         max_query_tokens=body.max_tokens_per_query,
         max_document_tokens=body.max_tokens_per_doc,
-        max_tokens=limit if limit is not None and limit > 0 else None,
+        max_tokens=read_limit(body.truncate_prompt_tokens),
     )
     activation = "identity" if body.use_activation is False else None
-    weights = read_weights(body.weights)
+    weights, names = read_weights(body.weights), (name, field)
     if len(first) == 1:
-        scores = await own.scorer.rank(pipeline, first[0], second, options, activation, weights)
+        scores = await own.scorer.rank(pipeline, first[0], second, options, activation, weights, names)
     else:
         pairs = list(zip(first, second, strict=True))
-        scores = await own.scorer.score(pipeline, pairs, options, activation, weights)
+        scores = await own.scorer.score(pipeline, pairs, options, activation, weights, names)
     data: list[dict[str, Any]] = [
         {"index": i, "object": "score", "score": value} for i, value in enumerate(scores.values.tolist())
     ]
@@ -131,7 +131,7 @@ async def score(request: Request) -> Response:
             "created": int(time.time()),
             "model": body.model or pipeline.served_model_name,
             "data": data,
-            "usage": {"prompt_tokens": scores.n_tokens, "total_tokens": scores.n_tokens},
+            "usage": usage_of(scores.n_tokens),
         }
     )
 

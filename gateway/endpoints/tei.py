@@ -16,6 +16,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool
 
 from backends.contract import Task
 from gateway import classes, reranking
+from gateway.answers import truncated_header
 from gateway.classes import PredictRequest
 from gateway.endpoints.dialect import Dialect, Services, describe, services
 from gateway.error_bodies import TEI
@@ -345,7 +346,7 @@ def _truncated(*made: Representations, names: tuple[str, ...] = ("",)) -> dict[s
         for one, name in zip(made, names, strict=True)
         for place in np.flatnonzero(one.is_truncated).tolist()
     ]
-    return {"x-truncated-inputs": ",".join(places)} if places else {}
+    return truncated_header(places)
 
 
 DIALECT = Dialect(router, TEI)

@@ -275,6 +275,14 @@ async def test_classes_of_vllm_and_infinity(client, path):
     np.testing.assert_allclose([pair["score"] for pair in answer["data"][0]], probabilities, rtol=1e-5)
 
 
+async def test_infinity_s_classes_say_in_a_header_what_was_cut(client):
+    body = {"input": ["ab", "a" * 17], "model": "org/classifier"}
+    (_, row) = (await post(client, "/v1/classify", body))["data"]
+    assert row["truncated"] is True
+    answer = await client.post("/v1/classify", json={**body, "raw_scores": False})
+    assert answer.headers["x-truncated-inputs"] == "1"
+
+
 async def test_predict_and_its_flat_pair(client):
     model = {"model": "org/classifier", "raw_scores": True}
     one = await post(client, "/predict", {"inputs": "ab", **model})
