@@ -35,6 +35,11 @@ _TOKENIZERS = (
 _TRANSFORMERS = ("Transformer", "MLMTransformer")
 # Packages whose classes are known here by name; a class of any other module is the checkpoint's own code.
 _KNOWN_PACKAGES = ("sentence_transformers", "pylate")
+# What checkpoints call their prompts for queries and for documents.
+_ROLE_PROMPTS = {
+    "query": ("query", "web_search_query", "search_query", "retrieval.query", "s2p_query"),
+    "document": ("document", "passage", "corpus", "search_document", "retrieval.passage"),
+}
 # The tokenizer's way to say that it knows no limit is a huge number (transformers' VERY_LARGE_INTEGER is
 # 1e30).
 NO_LIMIT = 1_000_000_000
@@ -116,11 +121,24 @@ class Checkpoint:
     def role_prompts(self) -> dict[str, str]:
         """The prompts for queries and for documents, where the checkpoint has them; they may be empty.
 
-        *Source:* sentence-transformers 6.2, encode_query and encode_document.
+        Where there is one for queries only, documents go without. *Source:* sentence-transformers 6.2,
+        encode_query and encode_document, for the names that come first; E5-Mistral and others have more.
         """
-        document = next((n for n in ("document", "passage", "corpus") if n in self.prompts), None)
-        names = {"query": "query", "document": document}
-        return {role: self.prompts[name] for role, name in names.items() if name and name in self.prompts}
+        found = {
+            role: next((self.prompts[name] for name in names if name in self.prompts), None)
+            for role, names in _ROLE_PROMPTS.items()
+        }
+        if found["query"] is not None and found["document"] is None:
+            found["document"] = ""
+        return {role: prompt for role, prompt in found.items() if prompt is not None}
+
+    @property
+    def matryoshka_dimensions(self) -> tuple[int, ...]:
+        """The sizes that its embeddings may be cut to, where it lists them, ascending."""
+        declared = self.config.get("matryoshka_dimensions") or self.sentence_config.get(
+            "matryoshka_dimensions"
+        )
+        return tuple(sorted(int(size) for size in declared or ()))
 
     def side_file(self, stem: str) -> Path | None:
         """A file of weights beside the model's own, such as colbert_linear.pt; None when it is not there."""
@@ -183,7 +201,7 @@ class Checkpoint:
             lowercases=bool(transformer.get("do_lower_case")),
         )
         # Read here, so that a value of another kind is told with the rest.
-        _ = made.truncate_dim
+        _ = made.truncate_dim, made.matryoshka_dimensions
         return made
 
 

@@ -114,6 +114,8 @@ class RequestParameter(StrEnum):
     """str: one of the checkpoint's own prompts, put before every text."""
     PROMPT = "prompt"
     """str: a literal prompt; wins over a prompt name."""
+    INSTRUCTION = "instruction"
+    """str: what a query is for; it stands where the model was trained to have it."""
     TRUNCATION = "truncation"
     """For a text over the limit "error", "right" (drop the end) or "left" (drop the beginning). Of a pair the
     longer text is cut first; "document" cuts the second only.
@@ -148,6 +150,8 @@ class PipelineParameter(StrEnum):
     CHECKPOINT = "checkpoint"
     SERVED_MODEL_NAME = "served_model_name"
     DIMENSIONS = "dimensions"
+    MATRYOSHKA_DIMENSIONS = "matryoshka_dimensions"
+    """The sizes that an embedding may be cut to, separated by commas, where the checkpoint lists them."""
     MAX_LENGTH = "max_length"
     MAX_BATCH_TOKENS = "max_batch_tokens"
     ROLES = "roles"
@@ -178,6 +182,7 @@ class ErrorCode(StrEnum):
     INVALID_TOKEN_ID = "invalid_token_id"
     INVALID_PROMPT = "invalid_prompt"
     UNKNOWN_PROMPT = "unknown_prompt"
+    INVALID_INSTRUCTION = "invalid_instruction"
     INVALID_DIMENSIONS = "invalid_dimensions"
     INVALID_TOP_K = "invalid_top_k"
     INTERNAL = "internal"

@@ -47,6 +47,8 @@ class ServingOptions:
     """What the checkpoint is for, where it does not say itself."""
     model_type: str | None = None
     """The architecture, where config.json does not name it."""
+    causal: bool | None = None
+    """Of a decoder, whether its tokens look only at those before them; None is what the checkpoint says."""
     trust_remote_code: bool = False
     """Whether code that a checkpoint brings may run."""
 
@@ -88,7 +90,7 @@ def _parse(name: str, kind: str, text: str) -> str | int | bool:
             return int(text)
         except ValueError:
             raise OptionError(f"{name} is {text!r}; it takes a whole number") from None
-    if kind == "bool":
+    if kind.startswith("bool"):
         if text not in ("true", "false"):
             raise OptionError(f"{name} is {text!r}; it takes true or false")
         return text == "true"

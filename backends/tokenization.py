@@ -76,8 +76,11 @@ class TextTokenizer:
         max_length: int,
         late: LateInteraction | None = None,
         most_tokens: int | None = None,
+        last_token: str | None = None,
     ) -> None:
-        """`max_length` bounds a text, and `most_tokens` one whose role has a length of its own."""
+        """`max_length` bounds a text, and `most_tokens` one whose role has a length of its own; `last_token`
+        belongs behind every text although the tokenizer's files do not say so.
+        """
         self.checkpoint = checkpoint
         self.max_length = max_length
         self.most_tokens = max_length if most_tokens is None else most_tokens
@@ -87,7 +90,7 @@ class TextTokenizer:
             keep_whole(self.tokenizer, late.marks)
         known = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self.vocab_size = min(known, int(checkpoint.config.get("vocab_size") or known))
-        self.prefix, self.suffix = special_tokens(self.tokenizer, checkpoint)
+        self.prefix, self.suffix = special_tokens(self.tokenizer, checkpoint, last_token)
         self.pair = pair_template(self.tokenizer, checkpoint, self.prefix, self.suffix)
         self.expansion = late.expansion if late is not None else None
         if self.expansion is not None:

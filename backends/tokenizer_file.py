@@ -122,8 +122,10 @@ def _has_lowercase(state: Mapping[str, Any]) -> bool:
     return state.get("type") == "Lowercase" or bool(state.get("lowercase")) or any(map(_has_lowercase, inner))
 
 
-def special_tokens(tokenizer: Tokenizer, checkpoint: Checkpoint) -> tuple[TokenIds, TokenIds]:
-    """What stands before and behind a text.
+def special_tokens(
+    tokenizer: Tokenizer, checkpoint: Checkpoint, last_token: str | None = None
+) -> tuple[TokenIds, TokenIds]:
+    """What stands before and behind a text; `last_token` belongs behind it whatever the files say.
 
     The post-processor of tokenizer.json says so, but not always the whole of it: add_bos_token and
     add_eos_token of tokenizer_config.json count too (E5-Mistral and gte-Qwen2 lose their last token
@@ -138,9 +140,17 @@ def special_tokens(tokenizer: Tokenizer, checkpoint: Checkpoint) -> tuple[TokenI
         return tokenizer.token_to_id(token) if token else None
 
     first, last = id_of("bos_token"), id_of("eos_token")
+    if last_token is not None:
+        last = tokenizer.token_to_id(last_token)
+        if last is None:
+            raise CheckpointError(
+                f"{checkpoint.transformer_path}: {last_token} belongs behind every text of this "
+                "model, but its "
+                "tokenizer does not have it"
+            )
     if config.get("add_bos_token") and first is not None and prefix[:1] != [first]:
         prefix = [first, *prefix]
-    if config.get("add_eos_token") and last is not None and suffix[-1:] != [last]:
+    if (config.get("add_eos_token") or last_token) and last is not None and suffix[-1:] != [last]:
         suffix = [*suffix, last]
     if not prefix and not suffix and tokenizer.post_processor is None and _is_wordpiece(tokenizer):
         cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))

@@ -32,8 +32,12 @@ class TokenizerSettings:
         checkpoint: Checkpoint,
         truncation: str,
         late: LateInteraction | None = None,
+        instruction: str | None = None,
     ) -> TokenizerSettings:
-        """From request parameters, over the checkpoint's defaults. Raises RequestError."""
+        """From request parameters, over the checkpoint's defaults. Raises RequestError.
+
+        `instruction` is what stands before a query with an instruction, {} in its place.
+        """
         wanted = parameters.get(RequestParameter.TRUNCATION, truncation)
         if wanted not in TRUNCATIONS:
             raise RequestError(
@@ -53,7 +57,10 @@ class TokenizerSettings:
             prompts = checkpoint.role_prompts
         named = {**checkpoint.prompts, **prompts}
         of_role = prompts.get(role) if role else None
-        prompt = _prompt(parameters, named, of_role, checkpoint.default_prompt_name)
+        if RequestParameter.INSTRUCTION in parameters:
+            prompt = _instruct(parameters, role, instruction)
+        else:
+            prompt = _prompt(parameters, named, of_role, checkpoint.default_prompt_name)
         caps = [_read_cap(parameters, name) for name in _CAPS]
         return cls(prompt, wanted, text_format == "ids", role, *caps)
 
@@ -77,6 +84,36 @@ def read_role(parameters: Mapping[str, Any]) -> str | None:
     if role is not None and role not in ROLES:
         raise RequestError(ErrorCode.INVALID_INPUT, f"role is {role!r}; it takes one of {', '.join(ROLES)}")
     return role
+
+
+def _instruct(parameters: Mapping[str, Any], role: str | None, template: str | None) -> str:
+    """The prompt that an instruction makes."""
+    instruction = parameters[RequestParameter.INSTRUCTION]
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise RequestError(
+            ErrorCode.INVALID_INSTRUCTION,
+            f"instruction is {instruction!r}; it takes some words, such as a task",
+        )
+    if template is None:
+        raise RequestError(
+            ErrorCode.INVALID_INSTRUCTION,
+            "this model was not made for instructions; leave instruction out, or put a text of your "
+            "own before "
+            "every input with prompt",
+        )
+    name = parameters.get(RequestParameter.PROMPT_NAME, "query")
+    if role == "document" or name == "document":
+        raise RequestError(
+            ErrorCode.INVALID_INSTRUCTION,
+            "an instruction is for queries, and documents of this model have none; leave instruction out",
+        )
+    if RequestParameter.PROMPT in parameters or name != "query":
+        other = RequestParameter.PROMPT if RequestParameter.PROMPT in parameters else f"prompt_name {name!r}"
+        raise RequestError(
+            ErrorCode.INVALID_INSTRUCTION,
+            f"instruction and {other} both say what stands before the text; give one",
+        )
+    return template.format(instruction.strip())
 
 
 def _prompt(

@@ -123,6 +123,7 @@ ADVICE = {
 _FIELDS = {
     ErrorCode.UNKNOWN_PROMPT: "prompt_name",
     ErrorCode.INVALID_PROMPT: "prompt",
+    ErrorCode.INVALID_INSTRUCTION: "instruction",
     ErrorCode.INVALID_DIMENSIONS: "dimensions",
     ErrorCode.INVALID_TOP_K: "top_k",
 }

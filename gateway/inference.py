@@ -89,6 +89,8 @@ class Pipeline:
     """What happens to a text over the limit when the request does not say."""
     has_role_prompts: bool = False
     """Whether the checkpoint has prompts of its own for queries or documents."""
+    matryoshka_dimensions: tuple[int, ...] = ()
+    """The sizes that an embedding may be cut to, where the checkpoint lists them."""
     labels: tuple[str, ...] = ()
     """Of a reranker or classifier."""
     score_activation: str = "identity"
@@ -268,6 +270,9 @@ def _pipeline(config: Any) -> Pipeline:
         dtype=parameters.get(PipelineParameter.DTYPE, "auto"),
         truncation=parameters.get(PipelineParameter.TRUNCATION, "error"),
         has_role_prompts=parameters.get(PipelineParameter.ROLE_PROMPTS) == "true",
+        matryoshka_dimensions=tuple(
+            map(int, filter(None, parameters.get(PipelineParameter.MATRYOSHKA_DIMENSIONS, "").split(",")))
+        ),
         labels=tuple(json.loads(parameters.get(PipelineParameter.LABELS, "[]"))),
         score_activation=parameters.get(PipelineParameter.SCORE_ACTIVATION, "identity"),
         label_activation=parameters.get(PipelineParameter.LABEL_ACTIVATION, "identity"),

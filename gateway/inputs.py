@@ -60,6 +60,11 @@ class TextFields(BaseModel):
     )
     prompt_name: str | None = Field(None, description="One of the model's own prompts, such as query.")
     prompt: str | None = Field(None, description="A text that is put before every input.")
+    instruction: str | None = Field(
+        None,
+        description="What a query is for, of models that were made for instructions; it stands where they "
+        "expect it.",
+    )
     truncate: StrictBool | None = Field(
         None, description="Cut an input that is over the limit, or refuse it."
     )
@@ -90,19 +95,28 @@ def text_options(body: TextFields, pipeline: Pipeline, tasks: Collection[Task]) 
             param="dimensions",
             code=ErrorCode.INVALID_DIMENSIONS,
         )
+    sizes = pipeline.matryoshka_dimensions
+    if body.dimensions is not None and sizes and body.dimensions not in (*sizes, most):
+        raise BadRequest(
+            f"dimensions is {body.dimensions}; {pipeline.served_model_name} takes one of "
+            f"{', '.join(map(str, sizes))}",
+            param="dimensions",
+            code=ErrorCode.INVALID_DIMENSIONS,
+        )
     truncation = None
     if body.truncate is False:
         truncation = "error"
     elif body.truncate or body.truncation_side:
         truncation = body.truncation_side or "right"
     return TextOptions(
-        body.prompt_name,
-        body.prompt,
-        truncation,
-        body.dimensions,
-        body.normalize,
-        _ROLES[body.input_type] if body.input_type else None,
-        body.top_k,
+        prompt_name=body.prompt_name,
+        prompt=body.prompt,
+        instruction=body.instruction,
+        truncation=truncation,
+        dimensions=body.dimensions,
+        normalize=body.normalize,
+        role=_ROLES[body.input_type] if body.input_type else None,
+        top_k=body.top_k,
     )
 
 

@@ -68,6 +68,8 @@ class TextOptions:
 
     prompt_name: str | None = None
     prompt: str | None = None
+    instruction: str | None = None
+    """What a query is for."""
     truncation: str | None = None
     dimensions: int | None = None
     normalize: bool | None = None
@@ -165,9 +167,11 @@ async def represent_sides(
     """Both sides of a comparison, in one batch.
 
     Where the sides are queries and documents they go to the model as such: those of a model that encodes them
-    differently do, unless `has_roles` says otherwise. Raises GatewayError.
+    differently do, unless `has_roles` says otherwise, and with an instruction all do, which is for the left
+    side. Raises GatewayError.
     """
     has_roles = pipeline.has_roles if has_roles is None else has_roles
+    has_roles = has_roles or options.instruction is not None
     if has_roles or left.max_tokens or right.max_tokens:
         both = await asyncio.gather(
             *(
@@ -176,7 +180,12 @@ async def represent_sides(
                     pipeline,
                     side,
                     tasks,
-                    replace(options, role=role if has_roles else None, max_tokens=side.max_tokens),
+                    replace(
+                        options,
+                        role=role if has_roles else None,
+                        instruction=options.instruction if role == "query" else None,
+                        max_tokens=side.max_tokens,
+                    ),
                 )
                 for side, role in ((left, "query"), (right, "document"))
             )
@@ -296,6 +305,7 @@ def _parameters(items: Items, options: TextOptions) -> dict[str, Any]:
     parameters = {
         RequestParameter.PROMPT_NAME: options.prompt_name,
         RequestParameter.PROMPT: options.prompt,
+        RequestParameter.INSTRUCTION: options.instruction,
         RequestParameter.TRUNCATION: options.truncation,
         RequestParameter.DIMENSIONS: options.dimensions,
         RequestParameter.NORMALIZE: options.normalize,

@@ -11,12 +11,17 @@ from backends.families import (
     distilbert,
     electra,
     eurobert,
+    gemma,
     gemma3,
     gte,
     jina_v3,
+    llama,
+    mistral,
     modernbert,
     mpnet,
     nomic_bert,
+    qwen2,
+    qwen3,
     roberta,
     xlm_roberta,
 )
@@ -29,12 +34,17 @@ FAMILIES: dict[str, Family] = {
     "distilbert": distilbert.FAMILY,
     "electra": electra.FAMILY,
     "eurobert": eurobert.FAMILY,
+    "gemma": gemma.FAMILY,
     "gemma3": gemma3.FAMILY,
     "gte": gte.FAMILY,
     "jina_v3": jina_v3.FAMILY,
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
     "modernbert": modernbert.FAMILY,
     "mpnet": mpnet.FAMILY,
     "nomic_bert": nomic_bert.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
     "roberta": roberta.FAMILY,
     "xlm_roberta": xlm_roberta.FAMILY,
 }
@@ -51,8 +61,8 @@ def family_of(checkpoint: Checkpoint, model_type: str | None = None) -> Family:
     wanted = own or model_type
     if not wanted:
         raise CheckpointError(f"{checkpoint.path}/config.json has no model_type; give it with --model-type")
-    family = next((f for f in FAMILIES.values() if wanted in f.model_types), None)
-    if model_type and own and model_type != own and (family is None or family.name != model_type):
+    family = next((f for f in FAMILIES.values() if wanted in (f.model_types if own else f.names)), None)
+    if model_type and own and model_type != own and (family is None or model_type not in family.names):
         raise CheckpointError(
             f"--model-type is {model_type!r}, but {checkpoint.path}/config.json says {own!r}; leave "
             "the option out"

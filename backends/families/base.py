@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from backends.checkpoint import NO_LIMIT
-from backends.errors import CheckpointError
+from backends.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
     import torch
 
     from backends.checkpoint import Checkpoint
+
+
+INSTRUCT = "Instruct: {}\nQuery: "
+"""What most embedding models that take an instruction put before a query."""
 
 
 def from_zero(config: Mapping[str, Any]) -> int:
@@ -39,12 +43,32 @@ def refuse_other_positions(config: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class Causality:
+    """Whether tokens look only at those before them, and who says so."""
+
+    is_causal: bool
+    reason: str
+
+
+@dataclass(frozen=True)
 class Family:
     """A family is transformers' own model class and the few facts that packing needs to know about it."""
 
     name: str
     model_types: tuple[str, ...]
     """The values of config.json's model_type that belong to it."""
+    other_names: tuple[str, ...] = ()
+    """What RTP-LLM calls it."""
+    is_decoder: bool = False
+    """Whether it was made to write text: causal, unless a checkpoint or a person says otherwise."""
+    own_causality: Callable[[Mapping[str, Any], str | None], Causality | None] = lambda config, name: None
+    """What config.json and the option model_type say of it besides an is_causal."""
+    instruction: str | None = None
+    """What stands before a query that has an instruction, where the checkpoint's own prompts do not
+    show it.
+    """
+    last_token: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    """The token that belongs behind every text although the tokenizer's files do not say so."""
     has_token_types: bool = False
     """Whether forward takes token_type_ids."""
     position_offset: Callable[[Mapping[str, Any]], int] = from_zero
@@ -62,6 +86,11 @@ class Family:
     unsupported_dtypes: tuple[str, ...] = ()
     """Values of the option dtype with which the numbers overflow."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that the option model_type may call it."""
+        return (self.name, *self.model_types, *self.other_names)
+
     def max_length(self, checkpoint: Checkpoint) -> int:
         """Tokens of one text that the checkpoint's limit and its positions allow."""
         return min(checkpoint.max_length, self.most_tokens(checkpoint))
@@ -76,17 +105,41 @@ class Family:
         """Whether the tokens of a pair's second text have another type than those of the first."""
         return self.has_token_types and int(config.get("type_vocab_size", 2)) > 1
 
+    def causality(
+        self, config: Mapping[str, Any], wanted: bool | None = None, model_type: str | None = None
+    ) -> Causality | None:
+        """Of a decoder, by the options `causal` and `model_type` and by config.json; None of an encoder.
+
+        Raises OptionError where an encoder is to be causal, or not.
+        """
+        if not self.is_decoder:
+            if wanted is not None:
+                raise OptionError(
+                    f"{self.name} models are encoders, whose tokens look both ways; leave --causal and "
+                    "--no-causal out"
+                )
+            return None
+        if wanted is not None:
+            return Causality(wanted, "--causal" if wanted else "--no-causal")
+        own = self.own_causality(config, model_type)
+        declared = config.get("is_causal")
+        # What a person says of the model by its name counts for more than its config.json.
+        if isinstance(declared, bool) and (own is None or model_type is None):
+            return Causality(declared, f"config.json says is_causal {str(declared).lower()}")
+        return own or Causality(True, f"{self.name} models are")
+
     def load(
         self,
         checkpoint: Checkpoint,
         attention: str | None,
         dtype: torch.dtype,
         device: torch.device,
+        causality: Causality | None = None,
     ) -> torch.nn.Module:
         """The encoder without any head, in evaluation mode, with the attention function of that name.
 
-        None as attention leaves the choice to transformers. Raises CheckpointError when weights are missing:
-        they would be filled with random numbers.
+        None as attention leaves the choice to transformers, None as causality to the checkpoint. Raises
+        CheckpointError when weights are missing: they would be filled with random numbers.
         """
         # Imported here: it takes seconds, and what writes the repository's entries needs the facts above
         # only.
@@ -95,11 +148,14 @@ class Family:
         # The heads of other tasks are left out on purpose, which transformers would report each time.
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        config = self._make_config(checkpoint)
+        config = self._make_config(checkpoint, causality or self.causality(checkpoint.config))
+        is_cpu = device.type == "cpu"
         model, info = transformers.AutoModel.from_pretrained(
             checkpoint.transformer_path,
             attn_implementation=attention,
-            dtype=dtype,
+            # Tensors that are in that format in the file are mapped, not copied. Elsewhere than on a CPU they
+            # stay as they are in the file until they are moved.
+            dtype=dtype if is_cpu else "auto",
             local_files_only=True,
             # Every family is one of transformers' own classes, whatever code a checkpoint brings.
             trust_remote_code=False,
@@ -113,14 +169,26 @@ class Family:
                 f"{checkpoint.transformer_path} lacks {len(missing)} weights of a {type(model).__name__}, "
                 f"among them {missing[0]}; the download was cut short, or the checkpoint is of another model"
             )
+        if not is_cpu:
+            # One after the other: the host never holds a second copy of all of them. Buffers keep their
+            # format (rotary frequencies are float32 in every model).
+            for weight in model.parameters():
+                weight.data = weight.data.to(device, dtype)
         model = model.to(device).eval()
         self.adjust(model, checkpoint.config)
         return model  # type: ignore[no-any-return]
 
-    def _make_config(self, checkpoint: Checkpoint) -> Any:
-        """For a config.json that transformers cannot read alone; None for all others."""
+    def _make_config(self, checkpoint: Checkpoint, causality: Causality | None) -> Any:
+        """For a config.json that transformers cannot read alone, and for decoders; None for all others."""
         import transformers
 
+        if causality is not None:
+            config = transformers.AutoConfig.from_pretrained(
+                checkpoint.transformer_path, local_files_only=True, trust_remote_code=False
+            )
+            # Read by transformers' classes (5.2 and later), and handed on to the attention function.
+            config.is_causal = causality.is_causal
+            return config
         native = self.native_config(checkpoint.config)
         if native is None and not checkpoint.model_type:
             native = dict(checkpoint.config)

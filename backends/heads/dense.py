@@ -141,9 +141,11 @@ def _link_size(module: Module, size: int) -> int:
 class DenseHead:
     """Applies the chain, then what the request asks of the result."""
 
-    def __init__(self, chain: Chain, size: int | None, normalizes: bool) -> None:
+    def __init__(self, chain: Chain, size: int | None, normalizes: bool, sizes: Sequence[int] = ()) -> None:
+        """`sizes` are those that an embedding may be cut to, where the checkpoint lists them."""
         self.chain = chain
         self.size = size
+        self.sizes = sizes
         self.normalizes = normalizes
 
     def check(self, parameters: Mapping[str, Any]) -> None:
@@ -152,8 +154,11 @@ class DenseHead:
             raise RequestError(ErrorCode.INVALID_INPUT, f"normalize is {normalize!r}; it takes true or false")
         wanted = parameters.get(RequestParameter.DIMENSIONS)
         is_number = isinstance(wanted, int) and not isinstance(wanted, bool)
-        if wanted is not None and not (is_number and 1 <= wanted <= (self.size or wanted)):
+        is_listed = not self.sizes or wanted in (*self.sizes, self.size)
+        if wanted is not None and not (is_number and is_listed and 1 <= wanted <= (self.size or wanted)):
             takes = f"1 to {self.size}" if self.size else "a whole number from 1 up"
+            if self.sizes:
+                takes = f"one of {', '.join(map(str, self.sizes))}"
             raise RequestError(
                 ErrorCode.INVALID_DIMENSIONS, f"dimensions is {wanted}; this model takes {takes}"
             )
@@ -203,7 +208,7 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> D
         first, *rest = modules
         links = [load_link(module, device) for module in (rest[:-1] if normalizes else rest)]
         chain = PooledChain(Pooling(pooling_modes(first.config)), links)
-    return DenseHead(chain, dimensions(checkpoint), normalizes)
+    return DenseHead(chain, dimensions(checkpoint), normalizes, checkpoint.matryoshka_dimensions)
 
 
 def _inputs(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -238,6 +243,8 @@ def _facts(checkpoint: Checkpoint) -> dict[str, str]:
         facts[PipelineParameter.POOLING] = ",".join(pooling_modes(pooling.config))
     if size is not None:
         facts[PipelineParameter.DIMENSIONS] = str(size)
+    if checkpoint.matryoshka_dimensions:
+        facts[PipelineParameter.MATRYOSHKA_DIMENSIONS] = ",".join(map(str, checkpoint.matryoshka_dimensions))
     return facts
 
 

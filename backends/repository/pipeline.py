@@ -27,7 +27,7 @@ from backends.contract import (
 )
 from backends.errors import CheckpointError, OptionError
 from backends.families import family_of
-from backends.families.base import Family
+from backends.families.base import Causality, Family
 from backends.heads import HEADS, encoder_inputs, late_interaction
 from backends.options import WIRE_DTYPES, ServingOptions
 from backends.trust import check_trust
@@ -57,6 +57,7 @@ def build_pipeline(
         )
     # Told here rather than by a process that does not start.
     family.native_config(checkpoint.config)
+    causality = family.causality(checkpoint.config, options.causal, options.model_type)
     most = family.most_tokens(checkpoint)
     if options.max_length is not None and options.max_length > most:
         raise OptionError(f"max_length is {options.max_length}; this model takes at most {most}")
@@ -78,12 +79,19 @@ def build_pipeline(
         outputs=(*outputs, *account),
         stages=stages,
         parameters=_describe(name, reference, checkpoint, options, family, heads),
-        # They are about pooling, which no other head does.
-        notes=checkpoint.notes if "dense" in heads else (),
+        # The checkpoint's own are about pooling, which no other head does.
+        notes=(*(checkpoint.notes if "dense" in heads else ()), *_causality_notes(causality)),
         reasons=reasons,
     )
     check_wiring(pipeline)
     return pipeline
+
+
+def _causality_notes(causality: Causality | None) -> tuple[str, ...]:
+    """Of a decoder that looks both ways: nothing in its embeddings would show that it should not."""
+    if causality is None or causality.is_causal:
+        return ()
+    return (f"its tokens look both ways: {causality.reason}",)
 
 
 def heads_of(checkpoint: Checkpoint, options: ServingOptions) -> dict[str, str]:

@@ -44,12 +44,15 @@ class EncoderStage(Stage):
         extra = encoder_inputs(context.checkpoint, context.heads, tells_pairs_apart=tells_apart)
         self.has_key_length, self.has_first_length = KEY_LENGTH in extra, FIRST_LENGTH in extra
 
+        config = context.checkpoint.config
+        causality = family.causality(config, options.causal, options.model_type)
+
         def load(attention: str | None) -> torch.nn.Module:
-            return family.load(context.checkpoint, attention, dtype, self.device)
+            return family.load(context.checkpoint, attention, dtype, self.device, causality)
 
         self.max_batch_tokens = options.max_batch_tokens
         self.wire_dtype = TORCH_DTYPES[WIRE_DTYPES[options.dtype]]
-        self.forward = choose_forward(load, family, dict(context.checkpoint.config), context.name)
+        self.forward = choose_forward(load, family, dict(config), context.name)
         logger.info(
             "%s on %s in %s, %s, %d threads",
             family.name,
@@ -58,6 +61,8 @@ class EncoderStage(Stage):
             "packed" if self.forward.is_packed else "padded",
             torch.get_num_threads(),
         )
+        if causality is not None:
+            logger.info("%s: %s", "causal" if causality.is_causal else "bidirectional", causality.reason)
 
     def cut(self, batch: Sequence[StageRequest]) -> list[range]:
         """Groups of requests with hidden states of a few passes: a batch holds any number of long lists."""

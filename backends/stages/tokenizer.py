@@ -32,11 +32,19 @@ from backends.contract import (
 from backends.errors import RequestError
 from backends.families import family_of
 from backends.heads import late_interaction, takes_pairs
+from backends.instruction import instruction_template
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 from backends.tokenization import TextTokenizer, Tokens
 from backends.tokenizer_settings import TokenizerSettings
 
-_PROMPTING = frozenset({RequestParameter.PROMPT, RequestParameter.PROMPT_NAME, RequestParameter.ROLE})
+_PROMPTING = frozenset(
+    {
+        RequestParameter.PROMPT,
+        RequestParameter.PROMPT_NAME,
+        RequestParameter.INSTRUCTION,
+        RequestParameter.ROLE,
+    }
+)
 _DESCRIPTION = frozenset({TOKEN_TEXTS, TOKEN_SPANS, IS_SPECIAL})
 
 
@@ -48,7 +56,14 @@ class TokenizerStage(Stage):
         family = family_of(checkpoint, context.options.model_type)
         self.late = late_interaction(checkpoint, context.heads)
         most_tokens = min(family.most_tokens(checkpoint), context.options.max_length or NO_LIMIT)
-        self.tokenizer = TextTokenizer(checkpoint, family.max_length(checkpoint), self.late, most_tokens)
+        self.tokenizer = TextTokenizer(
+            checkpoint,
+            family.max_length(checkpoint),
+            self.late,
+            most_tokens,
+            family.last_token(checkpoint.config),
+        )
+        self.instruction = instruction_template(checkpoint, family.instruction)
         self.takes_pairs = takes_pairs(context.heads)
         self.truncation = context.options.truncation
 
@@ -58,7 +73,11 @@ class TokenizerStage(Stage):
     def _answer(self, request: StageRequest) -> Answer | RequestError:
         try:
             settings = TokenizerSettings.read(
-                request.parameters, self.tokenizer.checkpoint, self.truncation, self.late
+                request.parameters,
+                self.tokenizer.checkpoint,
+                self.truncation,
+                self.late,
+                self.instruction,
             )
             text = request.array(TEXT)
             if text.shape[1] == 2 and self.takes_pairs:

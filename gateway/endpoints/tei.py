@@ -66,6 +66,7 @@ class _SimilarityParameters(BaseModel):
     truncate: StrictBool | None = None
     truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
     prompt_name: str | None = None
+    instruction: str | None = None
 
 
 class SimilarityRequest(BaseModel):
@@ -79,6 +80,7 @@ class SimilarityRequest(BaseModel):
     truncate: StrictBool | None = None
     truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
     prompt_name: str | None = None
+    instruction: str | None = None
 
 
 class TokenizeRequest(TextFields):

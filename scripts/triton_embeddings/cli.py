@@ -68,8 +68,15 @@ Task = Annotated[
     ),
 ]
 ModelType = Annotated[str | None, typer.Option(help="The architecture, where config.json does not name it.")]
+Causal = Annotated[
+    bool | None,
+    typer.Option(
+        "--causal/--no-causal",
+        help="Whether a decoder's tokens look only at those before them. Default: as the checkpoint says.",
+    ),
+]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let code that a checkpoint brings run.")
+    bool | None, typer.Option("--trust-remote-code", help="Let code that a checkpoint brings run.")
 ]
 ChatTemplate = Annotated[str | None, typer.Option(hidden=True)]
 MaxContextBatchSize = Annotated[int | None, typer.Option(hidden=True)]
@@ -113,7 +120,8 @@ def add(
     served_model_name: ServedModelName = None,
     task: Task = None,
     model_type: ModelType = None,
-    trust_remote_code: TrustRemoteCode = False,
+    causal: Causal = None,
+    trust_remote_code: TrustRemoteCode = None,
     max_context_batch_size: MaxContextBatchSize = None,
 ) -> None:
     """Write the model repository's entries of a checkpoint; its weights stay where they are."""
@@ -206,7 +214,8 @@ def serve(
     served_model_name: ServedModelName = None,
     task: Task = None,
     model_type: ModelType = None,
-    trust_remote_code: TrustRemoteCode = False,
+    causal: Causal = None,
+    trust_remote_code: TrustRemoteCode = None,
     max_context_batch_size: MaxContextBatchSize = None,
     chat_template: ChatTemplate = None,
 ) -> None:
@@ -231,7 +240,7 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     """The options of a checkpoint that stand on the command line."""
     # An explicit 0 counts: it is refused with its name, not taken for a default.
     given = {name: arguments[name] for name in _OPTIONS}
-    return {name: value for name, value in given.items() if value is not None and value is not False}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def main() -> None:

@@ -13,65 +13,16 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedModel
 
-_WORDS = [
-    "the",
-    "a",
-    "of",
-    "to",
-    "and",
-    "is",
-    "in",
-    "it",
-    "for",
-    "this",
-    "value",
-    "return",
-    "class",
-    "object",
-    "query",
-]
-_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-_MARKS = ["[unused0]", "[unused1]"]
-_CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
-
-
-def write_wordpiece(path: Path, max_length: int) -> int:
-    """A BERT tokenizer whose vocabulary is made by rule: single characters and some words. Gives its size."""
-    pieces = [*_SPECIAL, *_MARKS, *_CHARACTERS, *(f"##{c}" for c in _CHARACTERS if c.isalnum()), *_WORDS]
-    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
-    )
-    tokenizer.add_special_tokens(_SPECIAL)
-    # Published files carry the padding and truncation of their training (all-MiniLM-L6-v2's does).
-    tokenizer.enable_truncation(max_length=8)
-    tokenizer.enable_padding(length=8)
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "vocab.txt").write_text("\n".join(vocabulary))
-    write_json(
-        path / "tokenizer_config.json",
-        {
-            "tokenizer_class": "BertTokenizer",
-            "do_lower_case": True,
-            "model_max_length": max_length,
-            "mask_token": "[MASK]",
-        },
-    )
-    return len(vocabulary)
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+from tests.support.vocabularies import (
+    write_gemma,
+    write_json,
+    write_llama,
+    write_qwen,
+    write_unigram,
+    write_wordpiece,
+)
 
 
 def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -83,47 +34,6 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
             is_norm = "norm" in name.lower() and name.endswith("weight")
             weight.copy_(1 + 0.1 * noise if is_norm else 0.2 * noise)
     return model.eval()
-
-
-def write_unigram(path: Path, max_length: int) -> int:
-    """An XLM-RoBERTa tokenizer whose vocabulary is made by rule. Gives its size.
-
-    Without a normaliser: transformers' class drops every one but SentencePiece's own.
-    """
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    pieces = [*special, "▁", *_CHARACTERS, *_WORDS, *(f"▁{word}" for word in _WORDS), "<mask>"]
-    # Longer pieces are likelier, so that words win over their letters.
-    vocabulary = [(p, 0.0 if p in special else len(p) - 12.0) for p in dict.fromkeys(pieces)]
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=3))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
-    )
-    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        pair="<s> $A </s> </s> $B </s>",
-        special_tokens=[("<s>", 0), ("</s>", 2)],
-    )
-    tokenizer.add_special_tokens([*special, "<mask>"])
-    tokenizer.save(str(path / "tokenizer.json"))
-    roles = {
-        "bos": "<s>",
-        "eos": "</s>",
-        "sep": "</s>",
-        "cls": "<s>",
-        "unk": "<unk>",
-        "pad": "<pad>",
-        "mask": "<mask>",
-    }
-    write_json(
-        path / "tokenizer_config.json",
-        {
-            "tokenizer_class": "XLMRobertaTokenizer",
-            "model_max_length": max_length,
-            **{f"{role}_token": token for role, token in roles.items()},
-        },
-    )
-    return len(vocabulary)
 
 
 _SIZES = {
@@ -272,6 +182,42 @@ def gemma3(path: Path) -> Path:
     )
 
 
+def llama(path: Path, architecture: str = "Model", **settings: Any) -> Path:
+    return _decoder(path, "Llama", architecture, write_llama, **_SENTENCEPIECE_IDS, **settings)
+
+
+def mistral(path: Path, architecture: str = "Model", window: int | None = 6, **settings: Any) -> Path:
+    # A window shorter than the sequences of the tests. Padding is the end of sequence, as in E5-Mistral.
+    ids = {**_SENTENCEPIECE_IDS, "pad_token_id": 2}
+    return _decoder(
+        path, "Mistral", architecture, write_llama, **{**ids, "sliding_window": window, **settings}
+    )
+
+
+def gemma(path: Path, architecture: str = "Model", **settings: Any) -> Path:
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    return _decoder(path, "Gemma", architecture, write_gemma, **{**ids, **settings})
+
+
+def qwen2(path: Path, architecture: str = "Model", **settings: Any) -> Path:
+    return _decoder(path, "Qwen2", architecture, write_qwen, **settings)
+
+
+def qwen3(path: Path, architecture: str = "Model", **settings: Any) -> Path:
+    return _decoder(path, "Qwen3", architecture, write_qwen, **settings)
+
+
+_SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def _decoder(
+    path: Path, kind: str, architecture: str, default_tokenizer: Callable[[Path, int], int], **settings: Any
+) -> Path:
+    grouped = {"num_key_value_heads": 2, "head_dim": 16}
+    defaults = {"tokenizer": default_tokenizer, "max_length": 512, **(grouped if kind != "Qwen2" else {})}
+    return _make(path, kind, architecture, **{"num_key_value_heads": 2, **defaults, **settings})
+
+
 def mpnet(path: Path, architecture: str = "Model", **settings: Any) -> Path:
     return _make(path, "MPNet", architecture, max_position_embeddings=66, pad_token_id=1, **settings)
 
@@ -298,12 +244,17 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "distilbert": distilbert,
     "electra": electra,
     "eurobert": eurobert,
+    "gemma": gemma,
     "gemma3": gemma3,
     "gte": gte,
     "jina_v3": jina_v3,
+    "llama": llama,
+    "mistral": mistral,
     "modernbert": modernbert,
     "mpnet": mpnet,
     "nomic_bert": nomic_bert,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
     "roberta": roberta,
     "xlm_roberta": xlm_roberta,
 }

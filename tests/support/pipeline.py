@@ -19,6 +19,7 @@ from backends.contract import (
 from backends.families import family_of
 from backends.forward import Forward, choose_forward, encode
 from backends.heads import HEADS
+from backends.instruction import instruction_template
 from backends.late_interaction import late_interaction_of
 from backends.ragged import Ragged
 from backends.tokenization import TextTokenizer
@@ -52,8 +53,15 @@ def run(
     if head != "colbert":
         late = None
     family = family_of(checkpoint)
-    tokenizer = TextTokenizer(checkpoint, family.max_length(checkpoint), late, family.most_tokens(checkpoint))
-    settings = TokenizerSettings.read(given, checkpoint, "right", late)
+    tokenizer = TextTokenizer(
+        checkpoint,
+        family.max_length(checkpoint),
+        late,
+        family.most_tokens(checkpoint),
+        family.last_token(checkpoint.config),
+    )
+    instruction = instruction_template(checkpoint, family.instruction)
+    settings = TokenizerSettings.read(given, checkpoint, "right", late, instruction)
     rows = tokenizer.encode([text.encode() for text in texts], settings)
     ids = Ragged.pack([torch.from_numpy(row.ids.astype(np.int64)) for row in rows])
     keys = np.array([len(row.ids) - row.n_blind for row in rows])

@@ -1,0 +1,11 @@
+"""Llama, and what is built like it."""
+
+from backends.families.base import INSTRUCT, Family
+
+FAMILY = Family(
+    name="llama",
+    model_types=("llama",),
+    is_decoder=True,
+    forward_arguments={"use_cache": False},
+    instruction=INSTRUCT,
+)
