@@ -163,6 +163,8 @@ class PipelineParameter(StrEnum):
     """JSON list of the labels' names, in the order of the logits."""
     SCORE_ACTIVATION = "score_activation"
     """identity, sigmoid or softmax: what the checkpoint makes of a logit as a score."""
+    SCORE_IS_PROBABILITY = "score_is_probability"
+    """"true" where the model's makers give a probability, not a logit."""
     LABEL_ACTIVATION = "label_activation"
     """The same for probabilities of labels."""
     DTYPE = "dtype"

@@ -101,7 +101,7 @@ class TextTokenizer:
                 f"{max_length + 1 - self._room(None)}"
             )
         self._prompt_ids = lru_cache(maxsize=256)(self._encode_prompt)
-        self._repeated = lru_cache(maxsize=64)(self._encode_text)
+        self.repeated = lru_cache(maxsize=64)(self._encode_text)
 
     def limit(self, role: str | None) -> int:
         """Tokens of one text, special tokens included."""
@@ -123,7 +123,7 @@ class TextTokenizer:
         self._check_prompt(settings)
         if settings.has_ids:
             return [self._from_ids(i, item, settings) for i, item in enumerate(items)]
-        texts = [_decode(i, item) for i, item in enumerate(items)]
+        texts = [decode_text(i, item) for i, item in enumerate(items)]
         rows = self._encode_texts([settings.prompt + text for text in texts], settings)
         return [self._wrap(i, *row, settings) for i, row in enumerate(rows)]
 
@@ -138,12 +138,10 @@ class TextTokenizer:
         if settings.has_ids:
             raise RequestError(ErrorCode.INVALID_INPUT, "a pair takes texts, not token ids")
         counts = Counter(item for pair in items for item in pair)
-        texts = {item: _decode(i, item) for i, pair in enumerate(items) for item in pair}
+        texts = {item: decode_text(i, item) for i, pair in enumerate(items) for item in pair}
         # A query that goes with many documents stands in many server requests, too.
         rows = {
-            item: self._repeated(text, settings.truncation)
-            for item, text in texts.items()
-            if counts[item] > 1
+            item: self.repeated(text, settings.truncation) for item, text in texts.items() if counts[item] > 1
         }
         single = [item for item in texts if counts[item] == 1]
         encoded = self._encode_texts([texts[item] for item in single], settings)
@@ -226,9 +224,25 @@ class TextTokenizer:
             window = min(window * _WINDOW_GROWTH, limit)
         return rows
 
+    def bare(self, texts: list[str], truncation: str) -> list[tuple[TokenIds, int]]:
+        """(ids without special tokens, number of characters that were not looked at) of each text."""
+        return self._encode_texts(texts, TokenizerSettings(truncation=truncation))
+
     def _encode_text(self, text: str, truncation: str) -> tuple[TokenIds, int]:
-        """One text, as _encode_texts has it."""
-        return self._encode_texts([text], TokenizerSettings(truncation=truncation))[0]
+        """One text, as bare() has it."""
+        return self.bare([text], truncation)[0]
+
+    def cut(self, text: str, count: int, side: str) -> str:
+        """The first tokens of a text, `count` of them, as text; of the side "left" the last ones."""
+        size = count * _WINDOW_CHARS_PER_TOKEN
+        while True:
+            piece = _window(text, size, side)
+            spans = self.tokenizer.encode(piece, add_special_tokens=False).offsets
+            if len(spans) > count:
+                return piece[spans[-count][0] :] if side == "left" else piece[: spans[count - 1][1]]
+            if len(piece) == len(text):
+                return text
+            size *= _WINDOW_GROWTH
 
     def _from_ids(self, index: int, item: bytes, settings: TokenizerSettings) -> Tokens:
         ids = self._without_special_tokens(self._read_ids(index, item, self.vocab_size))
@@ -262,7 +276,7 @@ class TextTokenizer:
             size = max(self.vocab_size, int(self.checkpoint.config.get("vocab_size") or 0))
             rows = [self._read_ids(i, item, size).tolist() for i, item in enumerate(items)]
             return [Description(ids, [self._piece(i) for i in ids], [(0, 0)] * len(ids), []) for ids in rows]
-        texts = [settings.prompt + _decode(i, item) for i, item in enumerate(items)]
+        texts = [settings.prompt + decode_text(i, item) for i, item in enumerate(items)]
         for i, text in enumerate(texts):
             if len(text) > self.max_length * MAX_CHARS_PER_TOKEN:
                 raise RequestError(
@@ -394,7 +408,8 @@ def _window(text: str, chars: int, truncation: str) -> str:
     return text[:blank] if blank >= 0 else text[:chars]
 
 
-def _decode(index: int, item: bytes) -> str:
+def decode_text(index: int, item: bytes) -> str:
+    """UTF-8 -> text. Raises RequestError with the item's place."""
     try:
         return item.decode("utf-8")
     except UnicodeDecodeError as error:

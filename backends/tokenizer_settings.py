@@ -17,6 +17,8 @@ class TokenizerSettings:
     """What one request asks of the tokenizer."""
 
     prompt: str = ""
+    instruction: str | None = None
+    """What a query is for."""
     truncation: str = "error"
     has_ids: bool = False
     role: str | None = None
@@ -32,11 +34,11 @@ class TokenizerSettings:
         checkpoint: Checkpoint,
         truncation: str,
         late: LateInteraction | None = None,
-        instruction: str | None = None,
+        template: str | None = None,
     ) -> TokenizerSettings:
         """From request parameters, over the checkpoint's defaults. Raises RequestError.
 
-        `instruction` is what stands before a query with an instruction, {} in its place.
+        `template` is what stands before a query with an instruction, {} in its place.
         """
         wanted = parameters.get(RequestParameter.TRUNCATION, truncation)
         if wanted not in TRUNCATIONS:
@@ -57,12 +59,13 @@ class TokenizerSettings:
             prompts = checkpoint.role_prompts
         named = {**checkpoint.prompts, **prompts}
         of_role = prompts.get(role) if role else None
-        if RequestParameter.INSTRUCTION in parameters:
-            prompt = _instruct(parameters, role, instruction)
+        instruction = _instruction(parameters)
+        if instruction is not None and template is not None:
+            prompt = _instruct(parameters, role, instruction, template)
         else:
             prompt = _prompt(parameters, named, of_role, checkpoint.default_prompt_name)
         caps = [_read_cap(parameters, name) for name in _CAPS]
-        return cls(prompt, wanted, text_format == "ids", role, *caps)
+        return cls(prompt, instruction, wanted, text_format == "ids", role, *caps)
 
 
 _CAPS = (RequestParameter.MAX_TOKENS, RequestParameter.MAX_QUERY_TOKENS, RequestParameter.MAX_DOCUMENT_TOKENS)
@@ -86,21 +89,20 @@ def read_role(parameters: Mapping[str, Any]) -> str | None:
     return role
 
 
-def _instruct(parameters: Mapping[str, Any], role: str | None, template: str | None) -> str:
-    """The prompt that an instruction makes."""
-    instruction = parameters[RequestParameter.INSTRUCTION]
+def _instruction(parameters: Mapping[str, Any]) -> str | None:
+    instruction = parameters.get(RequestParameter.INSTRUCTION)
+    if instruction is None:
+        return None
     if not isinstance(instruction, str) or not instruction.strip():
         raise RequestError(
             ErrorCode.INVALID_INSTRUCTION,
             f"instruction is {instruction!r}; it takes some words, such as a task",
         )
-    if template is None:
-        raise RequestError(
-            ErrorCode.INVALID_INSTRUCTION,
-            "this model was not made for instructions; leave instruction out, or put a text of your "
-            "own before "
-            "every input with prompt",
-        )
+    return instruction.strip()
+
+
+def _instruct(parameters: Mapping[str, Any], role: str | None, instruction: str, template: str) -> str:
+    """The prompt that an instruction makes."""
     name = parameters.get(RequestParameter.PROMPT_NAME, "query")
     if role == "document" or name == "document":
         raise RequestError(
@@ -113,7 +115,7 @@ def _instruct(parameters: Mapping[str, Any], role: str | None, template: str | N
             ErrorCode.INVALID_INSTRUCTION,
             f"instruction and {other} both say what stands before the text; give one",
         )
-    return template.format(instruction.strip())
+    return template.format(instruction)
 
 
 def _prompt(

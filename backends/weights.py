@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import safetensors
@@ -33,16 +33,62 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, to
     return found
 
 
+def tensor_names(folder: Path) -> frozenset[str]:
+    """The names of all tensors of a model, without their numbers. Raises CheckpointError."""
+    names: set[str] = set()
+    for file in _files(folder, None):
+        try:
+            if file.suffix == ".safetensors":
+                with safetensors.safe_open(file, framework="pt") as tensors:
+                    names.update(tensors.keys())
+            else:
+                names.update(_load_pickle(file))
+        except _BROKEN as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return frozenset(names)
+
+
+def read_rows(folder: Path, name: str, rows: Sequence[int]) -> torch.Tensor:
+    """Some rows [n, ...] of a tensor, without reading the rest. Raises CheckpointError."""
+    for file in _files(folder, [name]):
+        try:
+            if file.suffix == ".safetensors":
+                with safetensors.safe_open(file, framework="pt") as tensors:
+                    if name not in tensors.keys():  # noqa: SIM118  # it has no __contains__
+                        continue
+                    whole = tensors.get_slice(name)
+                    size = whole.get_shape()[0]
+                    _check_rows(file, name, rows, size)
+                    return torch.cat([whole[row : row + 1] for row in rows])
+            content = _load_pickle(file)
+            if name in content:
+                _check_rows(file, name, rows, content[name].shape[0])
+                return content[name][list(rows)].clone()
+        except _BROKEN as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    raise CheckpointError(f"{folder} lacks {name}")
+
+
+def _check_rows(file: Path, name: str, rows: Sequence[int], size: int) -> None:
+    over = [row for row in rows if not 0 <= row < size]
+    if over:
+        raise CheckpointError(f"{file}: {name} has {size} rows, and none for the token {over[0]}")
+
+
+def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    # weights_only keeps it from running code. Those of torch before 1.6 are no zip files.
+    content: dict[str, torch.Tensor] = torch.load(
+        file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+    )
+    return content
+
+
 def _read(file: Path, wanted: set[str] | None) -> dict[str, torch.Tensor]:
     if file.suffix == ".safetensors":
         with safetensors.safe_open(file, framework="pt") as tensors:
             names = tensors.keys() if wanted is None else wanted & set(tensors.keys())
             return {name: tensors.get_tensor(name) for name in names}
-    # A pickle: weights_only keeps it from running code. Those of torch before 1.6 are no zip files.
-    content: dict[str, torch.Tensor] = torch.load(
-        file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-    )
-    return {name: value for name, value in content.items() if wanted is None or name in wanted}
+    return {name: value for name, value in _load_pickle(file).items() if wanted is None or name in wanted}
 
 
 def _files(folder: Path, names: Iterable[str] | None) -> list[Path]:

@@ -94,6 +94,8 @@ class Pipeline:
     labels: tuple[str, ...] = ()
     """Of a reranker or classifier."""
     score_activation: str = "identity"
+    score_is_probability: bool = False
+    """Whether the model's makers give a probability, not a logit."""
     label_activation: str = "identity"
 
 
@@ -274,6 +276,7 @@ def _pipeline(config: Any) -> Pipeline:
             map(int, filter(None, parameters.get(PipelineParameter.MATRYOSHKA_DIMENSIONS, "").split(",")))
         ),
         labels=tuple(json.loads(parameters.get(PipelineParameter.LABELS, "[]"))),
+        score_is_probability=parameters.get(PipelineParameter.SCORE_IS_PROBABILITY) == "true",
         score_activation=parameters.get(PipelineParameter.SCORE_ACTIVATION, "identity"),
         label_activation=parameters.get(PipelineParameter.LABEL_ACTIVATION, "identity"),
     )

@@ -111,7 +111,7 @@ def text_options(body: TextFields, pipeline: Pipeline, tasks: Collection[Task]) 
     return TextOptions(
         prompt_name=body.prompt_name,
         prompt=body.prompt,
-        instruction=body.instruction,
+        instruction=body.instruction or None,
         truncation=truncation,
         dimensions=body.dimensions,
         normalize=body.normalize,
@@ -217,6 +217,13 @@ def _is_id(value: Any) -> bool:
 def read_limit(truncate_prompt_tokens: int | None) -> int | None:
     """vLLM's limit of tokens; -1 and 0 are the model's own, which is None here."""
     return truncate_prompt_tokens if truncate_prompt_tokens and truncate_prompt_tokens > 0 else None
+
+
+def read_instruction(instruction: str | None, instruct: str | None) -> str | None:
+    """What a request says under either name; an empty one is none. Raises BadRequest where they differ."""
+    if instruction and instruct and instruction != instruct:
+        raise BadRequest("instruction and instruct are two names of one thing; give one", param="instruct")
+    return instruction or instruct or None
 
 
 def _kind(value: Any) -> str:

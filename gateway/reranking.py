@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from gateway.answers import truncated_header
 from gateway.errors import BadRequest
-from gateway.inputs import MAX_INT, SIDES, read_limit, read_text, read_texts
+from gateway.inputs import MAX_INT, SIDES, read_instruction, read_limit, read_text, read_texts
 from gateway.kinds import read_weights
 from gateway.scoring import Scorer
 from gateway.tasks import TextOptions
@@ -27,6 +27,11 @@ class RerankRequest(BaseModel):
     documents: Any = Field(None, description='A list of texts, as strings or as {"text": ...}.')
     texts: Any = Field(None, description="The documents, as text-embeddings-inference calls them.")
     model: str | None = Field(None, description="May be left out: the first reranker answers then.")
+    instruction: str | None = Field(
+        None,
+        description="What the query is for, of models that are asked in words: it stands in their prompt.",
+    )
+    instruct: str | None = Field(None, description="The same in the words of SGLang and RTP-LLM.")
     top_n: StrictInt | None = Field(None, ge=0, le=MAX_INT, description="Give so many; 0 is all.")
     top_k: StrictInt | None = Field(None, ge=0, le=MAX_INT, description="The same, in Voyage's words.")
     sorted: StrictBool | None = Field(
@@ -80,12 +85,13 @@ async def rerank(
     body: RerankRequest,
     max_documents: int,
     *,
-    default_activation: str | None = None,
+    prefers_logits: bool = False,
     field: str = "documents",
 ) -> tuple[Ranking, list[Hit]]:
     """What a request asks for: the documents, best first, in the words of any dialect. Raises GatewayError.
 
-    `field` is what the client calls the documents.
+    `prefers_logits` gives raw logits to a request that does not say, unless the model's makers do otherwise
+    themselves. `field` is what the client calls the documents.
     """
     query = read_text(body.query, "query")
     if body.documents is None:
@@ -98,7 +104,7 @@ async def rerank(
         query,
         documents,
         _options(body),
-        _activation(body, default_activation),
+        _activation(body, "identity" if prefers_logits and not pipeline.score_is_probability else None),
         weights,
         ("query", field),
     )
@@ -129,6 +135,7 @@ def _options(body: RerankRequest) -> TextOptions:
     side = body.truncation_side or body.truncation_direction
     truncation = "document" if body.truncate_only_documents else SIDES[side or "right"]
     return TextOptions(
+        instruction=read_instruction(body.instruction, body.instruct),
         truncation="error" if asked is False else truncation,
         max_tokens=read_limit(body.truncate_prompt_tokens),
         max_query_tokens=body.max_tokens_per_query,

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from backends.rerank_prompt import asks_for_a_word
+
 if TYPE_CHECKING:
     import torch
 
@@ -71,6 +73,6 @@ class HeadSpec:
 
 def is_for_another_task(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint says that it was made for something that no head here is for."""
-    if checkpoint.sentence_model_type in _OTHER_MODEL_TYPES:
+    if checkpoint.sentence_model_type in _OTHER_MODEL_TYPES or asks_for_a_word(checkpoint) is not None:
         return True
     return not checkpoint.has_modules and checkpoint.architecture.endswith(_OTHER_ARCHITECTURES)

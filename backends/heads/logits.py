@@ -1,4 +1,5 @@
-"""Logits of sequence classifiers, of a text or of a pair: rerankers with one label, classifiers with several.
+"""Logits of sequence classifiers, of a text or of a pair: rerankers with one label, classifiers with several,
+and language models whose next word is the score of a pair.
 
 The head gives them raw; what makes scores or probabilities of them is told to the gateway as facts.
 
@@ -13,14 +14,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from backends.checkpoint import Checkpoint
-from backends.contract import LOGITS, PipelineParameter, Task, TensorSpec
+from backends.contract import INPUT_IDS, LOGITS, PipelineParameter, Task, TensorSpec
 from backends.errors import CheckpointError
 from backends.heads.base import HeadSpec
+from backends.rerank_prompt import asks_for_a_word, has_both_words, is_language_model, rerank_prompt_of
 
 if TYPE_CHECKING:
     import torch
 
     from backends.classifier import ClassificationHead
+    from backends.decoder_head import LastTokenHead
     from backends.ragged import Ragged
 
 # What transformers assumes of a config.json that tells nothing of labels.
@@ -31,6 +34,9 @@ _RERANKER_NAMES = ("reranker", "score")
 
 def labels(checkpoint: Checkpoint) -> list[str]:
     """The names of the labels, in the order of the logits."""
+    prompt = rerank_prompt_of(checkpoint)
+    if prompt is not None and (is_language_model(checkpoint) or has_both_words(checkpoint, prompt)):
+        return [str(prompt.true)]
     named = checkpoint.config.get("id2label") or {}
     if isinstance(named, list):
         named = {str(i): name for i, name in enumerate(named)}
@@ -69,7 +75,7 @@ def label_activation(checkpoint: Checkpoint) -> str:
 class LogitsHead:
     """Applies the classification head."""
 
-    def __init__(self, classifier: ClassificationHead) -> None:
+    def __init__(self, classifier: ClassificationHead | LastTokenHead) -> None:
         self.classifier = classifier
 
     def check(self, parameters: Mapping[str, Any]) -> None:
@@ -78,26 +84,36 @@ class LogitsHead:
     def __call__(
         self, hidden: Ragged, inputs: Mapping[str, torch.Tensor], parameters: Mapping[str, Any]
     ) -> dict[str, torch.Tensor | Ragged]:
+        if INPUT_IDS in inputs:
+            return {LOGITS: self.classifier(hidden, inputs[INPUT_IDS])}
         return {LOGITS: self.classifier(hidden)}
 
 
 def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> LogitsHead:
     from backends.classifier import load_classifier
+    from backends.decoder_head import DECODERS, load_labels, load_words
 
+    prompt = rerank_prompt_of(checkpoint)
+    if prompt is not None and is_language_model(checkpoint):
+        return LogitsHead(load_words(checkpoint, prompt, device))
+    if checkpoint.model_type in DECODERS:
+        return LogitsHead(load_labels(checkpoint, len(labels(checkpoint)), prompt, device))
     return LogitsHead(load_classifier(checkpoint, len(labels(checkpoint)), device))
 
 
 def _outputs(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
     from backends.classifier import LAYOUTS
+    from backends.decoder_head import DECODERS
 
-    if checkpoint.model_type not in LAYOUTS or not checkpoint.architecture.endswith(
-        "ForSequenceClassification"
-    ):
+    is_decoder = checkpoint.model_type in DECODERS
+    is_classifier = checkpoint.architecture.endswith("ForSequenceClassification")
+    is_known = is_classifier and (is_decoder or checkpoint.model_type in LAYOUTS)
+    if not is_known and not (is_decoder and is_language_model(checkpoint)):
         raise CheckpointError(
             f"{checkpoint.path} is a {checkpoint.architecture or 'model'} of type {checkpoint.model_type!r}, "
             "which has no classification head that is served"
         )
-    if checkpoint.modules and checkpoint.has_modules:
+    if checkpoint.has_modules and any(module.kind != "LogitScore" for module in checkpoint.modules):
         raise CheckpointError(
             f"{checkpoint.path}/modules.json holds the module {checkpoint.modules[0].kind}, which is not "
             "served in a reranker or classifier"
@@ -106,6 +122,9 @@ def _outputs(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
 
 
 def _reason(checkpoint: Checkpoint) -> str | None:
+    word = asks_for_a_word(checkpoint)
+    if word is not None:
+        return word
     is_cross_encoder = checkpoint.sentence_model_type == "CrossEncoder"
     is_classifier = (
         checkpoint.architecture.endswith("ForSequenceClassification") and not checkpoint.has_modules
@@ -114,15 +133,28 @@ def _reason(checkpoint: Checkpoint) -> str | None:
         return None
     count = len(labels(checkpoint))
     what = "one label: a reranker" if count == 1 else f"{count} labels: a classifier"
-    return f"config.json says {checkpoint.architecture}, with {what}"
+    prompt = rerank_prompt_of(checkpoint)
+    asked = "" if prompt is None else f"; its prompt is {prompt.name}"
+    return f"config.json says {checkpoint.architecture}, with {what}{asked}"
+
+
+def _inputs(checkpoint: Checkpoint) -> tuple[str, ...]:
+    from backends.decoder_head import DECODERS, pad_id
+
+    is_read = checkpoint.model_type in DECODERS and pad_id(checkpoint) is not None
+    return (INPUT_IDS,) if is_read else ()
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, str]:
-    return {
+    facts: dict[str, str] = {
         PipelineParameter.LABELS: json.dumps(labels(checkpoint), ensure_ascii=False),
         PipelineParameter.SCORE_ACTIVATION: score_activation(checkpoint),
         PipelineParameter.LABEL_ACTIVATION: label_activation(checkpoint),
     }
+    prompt = rerank_prompt_of(checkpoint)
+    if prompt is not None and prompt.is_probability:
+        facts[PipelineParameter.SCORE_IS_PROBABILITY] = "true"
+    return facts
 
 
 def _tasks(checkpoint: Checkpoint) -> tuple[Task, ...]:
@@ -132,9 +164,9 @@ def _tasks(checkpoint: Checkpoint) -> tuple[Task, ...]:
 
 def check_task_name(checkpoint: Checkpoint, name: str) -> None:
     """Raises CheckpointError for a classifier that is to be a reranker."""
-    count = len(labels(checkpoint))
     if not checkpoint.architecture.endswith("ForSequenceClassification"):
         return
+    count = len(labels(checkpoint))
     if name in _RERANKER_NAMES and count != 1:
         raise CheckpointError(
             f"{checkpoint.path} has {count} labels ({', '.join(labels(checkpoint)[:5])}); a reranker has one"
@@ -147,7 +179,7 @@ HEAD = HeadSpec(
     reason=_reason,
     facts=_facts,
     outputs=_outputs,
-    inputs=lambda checkpoint: (),
+    inputs=_inputs,
     parameters=(),
     load=_load,
     check_task_name=check_task_name,

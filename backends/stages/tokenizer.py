@@ -33,6 +33,8 @@ from backends.errors import RequestError
 from backends.families import family_of
 from backends.heads import late_interaction, takes_pairs
 from backends.instruction import instruction_template
+from backends.prompted_pairs import PromptedPairs
+from backends.rerank_prompt import rerank_prompt_of
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 from backends.tokenization import TextTokenizer, Tokens
 from backends.tokenizer_settings import TokenizerSettings
@@ -63,8 +65,10 @@ class TokenizerStage(Stage):
             most_tokens,
             family.last_token(checkpoint.config),
         )
-        self.instruction = instruction_template(checkpoint, family.instruction)
+        self.template = instruction_template(checkpoint, family.instruction)
         self.takes_pairs = takes_pairs(context.heads)
+        prompt = rerank_prompt_of(checkpoint) if self.takes_pairs else None
+        self.prompted = None if prompt is None else PromptedPairs(self.tokenizer, prompt)
         self.truncation = context.options.truncation
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
@@ -77,9 +81,21 @@ class TokenizerStage(Stage):
                 self.tokenizer.checkpoint,
                 self.truncation,
                 self.late,
-                self.instruction,
+                self.template,
             )
             text = request.array(TEXT)
+            if text.shape[1] == 2 and self.prompted is not None:
+                return self._answer_rows(self.prompted.encode(text.tolist(), settings))
+            if settings.instruction is not None and (text.shape[1] == 2 or self.template is None):
+                raise RequestError(
+                    ErrorCode.INVALID_INSTRUCTION,
+                    "this model was not made for instructions; leave instruction out"
+                    + (
+                        ""
+                        if self.takes_pairs
+                        else ", or put a text of your own before every input with prompt"
+                    ),
+                )
             if text.shape[1] == 2 and self.takes_pairs:
                 return self._answer_rows(self.tokenizer.encode_pairs(text.tolist(), settings))
             if text.shape[1] != 1:

@@ -49,12 +49,14 @@ _RTP_LLM_DESCRIPTION = describe(
 
 @router.post("/v1/reranker", summary="Rerank, RTP-LLM's shape", openapi_extra=_RTP_LLM_DESCRIPTION)
 async def rerank_rtp_llm(request: Request) -> Response:
-    """Raw logits, unless `normalize` is true; documents as strings."""
+    """Raw logits, unless `normalize` is true or the model is made to give a probability; documents as
+    strings.
+    """
     speak(request, error_bodies.RTP_LLM)
     body, _ = await _read(request)
     if body.documents is None and body.texts is not None:
         return await _rerank_texts(request, body)
-    ranking, hits = await _rank(request, body, default_activation="identity")
+    ranking, hits = await _rank(request, body, prefers_logits=True)
     results = []
     for hit in hits:
         row: dict[str, Any] = {"index": hit.index, "relevance_score": hit.score}

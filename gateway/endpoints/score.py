@@ -16,7 +16,7 @@ from gateway import error_bodies
 from gateway.answers import usage_of
 from gateway.endpoints.dialect import Dialect, describe, services
 from gateway.errors import BadRequest
-from gateway.inputs import MAX_INT, read_limit, read_texts
+from gateway.inputs import MAX_INT, read_instruction, read_limit, read_texts
 from gateway.kinds import read_weights
 from gateway.tasks import TextOptions
 from gateway.wire import read, respond
@@ -42,6 +42,8 @@ class ScoreRequest(BaseModel):
     truncate: StrictBool | None = None
     truncation_side: Literal["left", "right"] | None = None
     truncate_prompt_tokens: StrictInt | None = Field(None, ge=-1, le=MAX_INT)
+    instruction: str | None = None
+    instruct: str | None = None
     max_tokens_per_query: StrictInt | None = Field(None, ge=1, le=MAX_INT)
     max_tokens_per_doc: StrictInt | None = Field(None, ge=1, le=MAX_INT)
     label_token_ids: Any = None
@@ -55,6 +57,7 @@ _SCHEMA = {
         "text_1": {"description": "A text, or a list. Also: queries, data_1."},
         "text_2": {"description": "A text, or a list. Also: documents, items, data_2."},
         "model": {"type": "string"},
+        "instruction": {"type": "string", "description": "What the first text is for, as in /v1/rerank."},
         "use_activation": {"type": "boolean", "description": "false gives raw logits."},
         "truncate_prompt_tokens": {
             "type": "integer",
@@ -88,7 +91,8 @@ async def score(request: Request) -> Response:
     body = await read(request, ScoreRequest, own.settings.max_body_bytes)
     if body.label_token_ids is not None:
         raise BadRequest(
-            "label_token_ids are for generative models, which are not served yet", param="label_token_ids"
+            "label_token_ids are not served: a reranker that answers in words has its own; leave them out",
+            param="label_token_ids",
         )
     name, value = _first_given(body, ("queries", "text_1", "data_1", "query"))
     first = read_texts(value, own.settings.max_documents, name)
@@ -107,6 +111,7 @@ async def score(request: Request) -> Response:
     elif body.truncate or body.truncation_side or body.truncate_prompt_tokens is not None:
         truncation = body.truncation_side or "right"
     options = TextOptions(
+        instruction=read_instruction(body.instruction, body.instruct),
         truncation=truncation,
         max_query_tokens=body.max_tokens_per_query,
         max_document_tokens=body.max_tokens_per_doc,

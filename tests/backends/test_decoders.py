@@ -262,12 +262,6 @@ def test_bad_instructions(tmp_path, parameters, code, text):
     assert refused.value.failure.code is code
 
 
-def test_a_model_without_instructions_says_so(tmp_path):
-    path = checkpoints.sentence_transformer(tmp_path / "c", {})
-    with pytest.raises(RequestError, match="was not made for instructions; leave instruction out"):
-        settings_of(path, instruction="a")
-
-
 def test_braces_in_an_instruction_are_kept(tmp_path):
     assert settings_of(decoders.e5_mistral(tmp_path / "c"), instruction="{a}").prompt == (
         "Instruct: {a}\nQuery: "

@@ -12,7 +12,8 @@ from backends.stages.base import Stage
 from backends.stages.encoder import EncoderStage
 from backends.stages.head import HeadStage
 from backends.stages.tokenizer import TokenizerStage
-from tests.support.checkpoints import sentence_transformer
+from tests.support import decoders
+from tests.support.checkpoints import bert, classifier, sentence_transformer
 from tests.support.fake_pb_utils import Request, TritonModelException
 
 PROMPTS = {"prompts": {"query": "query: "}}
@@ -69,6 +70,10 @@ def test_only_what_somebody_reads_is_sent(path):
         (text("fine", "a " * 99), "context_length_exceeded at item 1: the text has 101 tokens"),
         (text(b"\xff"), "invalid_input at item 0: the text is not UTF-8"),
         (text("a", prompt_name="none"), "unknown_prompt: prompt_name is 'none'"),
+        (
+            text("a", instruction="find"),
+            "invalid_instruction: this model was not made for instructions; leave instruction out, or put",
+        ),
         (Request({"text": np.array([[b"a", b"b"]], object)}), "invalid_input: text has shape [1, 2]"),
         (Request({}), "invalid_input: the input text is missing"),
     ],
@@ -80,6 +85,21 @@ def test_a_bad_request_is_one_error_and_its_neighbours_live(path, bad, message):
     assert failed.error.code == "INVALID_ARG"
     assert before.error is None
     assert after.value("length").tolist() == [[3]]
+
+
+def test_pairs_go_into_the_prompt_of_a_reranker_and_only_there(tmp_path):
+    pair = np.array([[b"a", b"b"]], object)
+    asked = Request({"text": pair}, {"instruction": "find"})
+    words = start(TokenizerStage(), decoders.qwen3_reranker(tmp_path / "words"), heads="logits")
+    plain, instructed, single = words.execute([Request({"text": pair}), asked, text("a", instruction="find")])
+    assert plain.value("length")[0, 0] > 100
+    assert plain.value("input_ids").tolist() != instructed.value("input_ids").tolist()
+    assert single.error is None, "of a text alone it makes the prompt of its family"
+    labels = start(TokenizerStage(), classifier(tmp_path / "labels", bert), heads="logits")
+    (refused,) = labels.execute([asked])
+    assert refused.error.message == (
+        "invalid_instruction: this model was not made for instructions; leave instruction out"
+    )
 
 
 def encoded(stage, *rows):

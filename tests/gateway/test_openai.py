@@ -61,6 +61,16 @@ async def test_base64_is_little_endian_float32(client):
     np.testing.assert_array_equal(got, vector(b"a"))
 
 
+async def test_only_the_dimensions_that_a_model_lists():
+    listed = dataclasses.replace(PIPELINE, matryoshka_dimensions=(2, 4))
+    async with running(FakeInference([listed])) as client:
+        for size in (2, 4, 8):
+            answer = await post(client, {"input": "a", "dimensions": size})
+            assert len(answer.json()["data"][0]["embedding"]) == size
+        error = error_of(await post(client, {"input": "a", "dimensions": 3}))
+    assert (error["message"], error["param"]) == ("dimensions is 3; org/tiny takes one of 2, 4", "dimensions")
+
+
 async def test_without_v1_without_model_with_nulls_and_unknown_fields(client):
     body = {
         "input": "a",
@@ -100,6 +110,8 @@ async def test_an_item_that_was_cut_says_so(client):
         ({"truncate": False, "truncation_side": "left"}, {"truncation": "error"}),
         ({"prompt_name": "query", "normalize": False}, {"prompt_name": "query", "normalize": False}),
         ({"prompt": "", "dimensions": 4}, {"prompt": "", "dimensions": 4}),
+        ({"instruction": "Find it"}, {"instruction": "Find it"}),
+        ({"instruction": ""}, {}),
     ],
 )
 async def test_extras_become_request_parameters(client, inference, fields, parameters):

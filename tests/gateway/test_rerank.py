@@ -1,5 +1,7 @@
 """Reranking, scores and classes in everybody's shape."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -245,11 +247,56 @@ async def test_scores_by_similarity(client):
         ({"text_1": ["a", "b"], "text_2": ["c"]}, "text_1 has 2 texts and text_2 has 1"),
         ({"text_1": "a"}, "is missing"),
         ({"text_1": "a", "text_2": []}, "text_2 is an empty list"),
-        ({"query": "a", "items": ["b"], "label_token_ids": [1]}, "label_token_ids are for generative models"),
+        ({"query": "a", "items": ["b"], "label_token_ids": [1]}, "label_token_ids are not served"),
     ],
 )
 async def test_bad_scores(client, body, text):
     assert text in (await post(client, "/score", body, 400))["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["instruction", "instruct"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/rerank", QUESTION),
+        ("/v1/reranker", QUESTION),
+        ("/v2/rerank", QUESTION),
+        ("/rerank", {"query": "a", "texts": ["b"]}),
+        ("/v1/score", {"text_1": "a", "text_2": ["b", "c"]}),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["b", "c"]}),
+    ],
+)
+async def test_an_instruction_travels(client, inference, path, body, name):
+    await post(client, path, {**body, name: "Find it"})
+    assert inference.calls[-1][1]["instruction"] == "Find it"
+    await post(client, path, {**body, name: ""})
+    assert "instruction" not in inference.calls[-1][1]
+
+
+async def test_two_names_of_an_instruction(client):
+    body = {**QUESTION, "instruction": "a", "instruct": "b"}
+    assert "two names of one thing" in (await post(client, "/v1/rerank", body, 400))["message"]
+    await post(client, "/v1/reranker", {**body, "instruct": "a"})
+
+
+async def test_an_instruction_is_for_the_query_of_an_embedding_model(client, inference):
+    await post(client, "/v1/rerank", {**QUESTION, "model": "org/tiny", "instruction": "Find it"})
+    by_role = {parameters.get("role"): parameters for _, parameters in inference.calls}
+    assert by_role["query"]["instruction"] == "Find it"
+    assert "instruction" not in by_role["document"]
+
+
+async def test_a_model_that_gives_probabilities_does_so_in_rtp_llm_s_shape():
+    words = replace(RERANKER, score_is_probability=True)
+    async with running(FakeInference([words])) as client:
+        for fields, expected in (
+            ({}, sigmoid(LOGITS)),
+            ({"normalize": True}, sigmoid(LOGITS)),
+            ({"normalize": False}, LOGITS),
+        ):
+            answer = await post(client, "/v1/reranker", {**QUESTION, "sorted": False, **fields})
+            got = [row["relevance_score"] for row in answer["results"]]
+            np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 async def test_the_seed_s_classifier(client):

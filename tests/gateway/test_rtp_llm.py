@@ -112,6 +112,16 @@ async def test_a_model_with_roles_gets_queries_and_documents():
     np.testing.assert_allclose(answer["similarity"], [[np.mean(best)]], rtol=1e-5)
 
 
+async def test_an_instruction_is_for_the_left_side():
+    inference = FakeInference([KINDS])
+    body = {"left": ["a"], "right": ["b"], "instruction": "Find it"}
+    async with running(inference) as client:
+        await post(client, "/v1/embeddings/similarity", body)
+    told = {items[0]: parameters for items, parameters in inference.calls}
+    assert (told[b"a"]["instruction"], told[b"a"]["role"]) == ("Find it", "query")
+    assert "instruction" not in told[b"b"]
+
+
 async def test_sparse_and_mixed_similarity(kinds):
     body = {"left": ["aab"], "right": ["abc", "z"], "type": "sparse"}
     answer = await post(kinds, "/v1/embeddings/similarity", body)

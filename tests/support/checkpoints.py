@@ -32,7 +32,9 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             is_norm = "norm" in name.lower() and name.endswith("weight")
-            weight.copy_(1 + 0.1 * noise if is_norm else 0.2 * noise)
+            # Gemma's norms add one themselves.
+            middle = 0 if type(model).__name__.startswith("Gemma") else 1
+            weight.copy_(middle + 0.1 * noise if is_norm else 0.2 * noise)
     return model.eval()
 
 

@@ -2,10 +2,17 @@
 
 import functools
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.checkpoints import mistral, qwen2, qwen3, sentence_transformer
+import safetensors.torch
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from tests.support.checkpoints import gemma, mistral, qwen2, qwen3, sentence_transformer
 from tests.support.vocabularies import ENDOFTEXT, write_json, write_llama, write_qwen
 
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
@@ -64,3 +71,104 @@ def change_config(path: Path, **entries: Any) -> None:
     """Changes entries of config.json; None takes one out."""
     config = {**json.loads((path / "config.json").read_text()), **entries}
     write_json(path / "config.json", {name: value for name, value in config.items() if value is not None})
+
+
+def qwen3_reranker(path: Path, **settings: Any) -> Path:
+    """Qwen/Qwen3-Reranker as first published: a bare language model, and Qwen3's ordinary chat template."""
+    return qwen3(
+        path,
+        "ForCausalLM",
+        tokenizer=functools.partial(write_qwen, chat_template=_CHAT),
+        tie_word_embeddings=True,
+        **settings,
+    )
+
+
+def bge_gemma(path: Path, **settings: Any) -> Path:
+    """BAAI/bge-reranker-v2-gemma."""
+    return gemma(path, "ForCausalLM", **settings)
+
+
+def mxbai_v2(path: Path, **settings: Any) -> Path:
+    """mixedbread-ai/mxbai-rerank-base-v2."""
+    return qwen2(
+        path, "ForCausalLM", tokenizer=functools.partial(write_qwen, chat_template=_CHAT), **settings
+    )
+
+
+# As Qwen's: it knows the roles of a conversation only.
+_CHAT = (
+    "{%- for message in messages %}{%- if message.role in ('user', 'system', 'assistant') %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+# With the roles of a reranker, and with a newline to spare: one is lost.
+PAIR_CHAT = (
+    "<|im_start|>system\nJudge the Document.<|im_end|>\n<|im_start|>user\n"
+    "<Instruct>: {{ messages | selectattr('role', 'eq', 'system') | map(attribute='content') | first "
+    "| default('" + TASK + "') }}\n"
+    "<Query>: {{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\n"
+    "<Document>: {{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}"
+    "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n\n"
+)
+
+
+def with_pair_template(path: Path, template: str = PAIR_CHAT) -> Path:
+    """Gives a checkpoint a chat template with the roles query and document."""
+    (path / "chat_template.jinja").write_text(template)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    write_json(path / "tokenizer_config.json", config)
+    return path
+
+
+def with_logit_score(path: Path, true: int, false: int | None) -> Path:
+    """Gives a language model the modules.json of a CrossEncoder (sentence-transformers 5.4 and later)."""
+    modules = [
+        ("", "sentence_transformers.base.modules.transformer.Transformer"),
+        ("1_LogitScore", "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"),
+    ]
+    write_json(
+        path / "modules.json",
+        [{"idx": i, "name": str(i), "path": p, "type": kind} for i, (p, kind) in enumerate(modules)],
+    )
+    write_json(path / "1_LogitScore" / "config.json", {"true_token_id": true, "false_token_id": false})
+    write_json(
+        path / "sentence_bert_config.json",
+        {
+            "transformer_task": "text-generation",
+            "modality_config": {
+                "text": {"method": "forward", "method_output_name": "logits"},
+                "message": {"method": "forward", "method_output_name": "logits", "format": "flat"},
+            },
+            "module_output_name": "causal_logits",
+        },
+    )
+    write_json(path / "config_sentence_transformers.json", {"model_type": "CrossEncoder"})
+    return path
+
+
+def converted(path: Path, original: Path, words: Sequence[str], labels: Sequence[str] = ("LABEL_0",)) -> Path:
+    """The sequence classifier that people make of a language model: rows of its head, or their difference."""
+    tokenizer = Tokenizer.from_file(str(original / "tokenizer.json"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(original)
+    rows = [model.get_output_embeddings().weight[tokenizer.token_to_id(word)] for word in words]
+    weight = torch.stack(rows) if len(labels) > 1 else (rows[1] - rows[0])[None]
+    shutil.copytree(original, path)
+    (path / "model.safetensors").unlink()
+    tensors = {f"model.{name}": value for name, value in model.model.state_dict().items()}
+    safetensors.torch.save_file(
+        {**tensors, "score.weight": weight.detach().contiguous()},
+        path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    architecture = type(model).__name__.replace("ForCausalLM", "ForSequenceClassification")
+    pad = Tokenizer.from_file(str(original / "tokenizer.json")).token_to_id(ENDOFTEXT)
+    change_config(
+        path,
+        architectures=[architecture],
+        id2label={str(i): name for i, name in enumerate(labels)},
+        label2id={name: i for i, name in enumerate(labels)},
+        pad_token_id=pad,
+    )
+    return path

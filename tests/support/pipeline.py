@@ -21,8 +21,10 @@ from backends.forward import Forward, choose_forward, encode
 from backends.heads import HEADS
 from backends.instruction import instruction_template
 from backends.late_interaction import late_interaction_of
+from backends.prompted_pairs import PromptedPairs
 from backends.ragged import Ragged
-from backends.tokenization import TextTokenizer
+from backends.rerank_prompt import rerank_prompt_of
+from backends.tokenization import TextTokenizer, Tokens
 from backends.tokenizer_settings import TokenizerSettings
 
 CPU = torch.device("cpu")
@@ -83,23 +85,37 @@ def logits(
     path: Path, items: list[Any], parameters: dict[str, Any] | None = None, max_batch_tokens: int = 16384
 ) -> np.ndarray:
     """Logits [n, labels] of texts, or of pairs of texts."""
-    given = parameters or {}
     checkpoint = Checkpoint.read(path)
     family = family_of(checkpoint)
-    tokenizer = TextTokenizer(checkpoint, family.max_length(checkpoint))
-    settings = TokenizerSettings.read(given, checkpoint, "right")
-    if isinstance(items[0], str):
-        rows = tokenizer.encode([text.encode() for text in items], settings)
-    else:
-        rows = tokenizer.encode_pairs([(a.encode(), b.encode()) for a, b in items], settings)
+    rows = tokenize_for_logits(checkpoint, items, parameters)
     ids = Ragged.pack([torch.from_numpy(row.ids.astype(np.int64)) for row in rows])
     firsts = None
     if family.tells_pairs_apart(checkpoint.config):
         firsts = np.array([row.first_length for row in rows])
     with torch.inference_mode():
         hidden = encode(load_forward(checkpoint), ids, max_batch_tokens, torch.float32, None, firsts)
-        head = HEADS["logits"].load(checkpoint, CPU, torch.float32)
-        return head(Ragged(hidden, ids.lengths), {}, {})[LOGITS].numpy()
+        spec = HEADS["logits"]
+        inputs = {name: {INPUT_IDS: ids.values}[name] for name in spec.inputs(checkpoint)}
+        head = spec.load(checkpoint, CPU, torch.float32)
+        return head(Ragged(hidden, ids.lengths), inputs, {})[LOGITS].numpy()
+
+
+def tokenize_for_logits(
+    checkpoint: Checkpoint, items: list[Any], parameters: dict[str, Any] | None = None
+) -> list[Tokens]:
+    """Tokens of texts, or of pairs of texts in the checkpoint's prompt if it has one."""
+    family = family_of(checkpoint)
+    tokenizer = TextTokenizer(
+        checkpoint, family.max_length(checkpoint), last_token=family.last_token(checkpoint.config)
+    )
+    settings = TokenizerSettings.read(parameters or {}, checkpoint, "right")
+    if isinstance(items[0], str):
+        return tokenizer.encode([text.encode() for text in items], settings)
+    pairs = [(a.encode(), b.encode()) for a, b in items]
+    prompt = rerank_prompt_of(checkpoint)
+    if prompt is not None:
+        return PromptedPairs(tokenizer, prompt).encode(pairs, settings)
+    return tokenizer.encode_pairs(pairs, settings)
 
 
 def embed(

@@ -1,0 +1,510 @@
+"""Rerankers that are asked for a word: against the computation of their makers, to the last newline."""
+
+import dataclasses
+import functools
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import CrossEncoder
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from backends import rerank_prompt
+from backends.checkpoint import Checkpoint
+from backends.contract import ErrorCode
+from backends.errors import CheckpointError, RequestError
+from backends.families import FAMILIES
+from backends.heads.logits import label_activation, labels, score_activation
+from backends.options import ServingOptions
+from backends.repository.pipeline import build_pipeline, heads_of
+from backends.rerank_prompt import BGE_GEMMA, MXBAI, QWEN3, rerank_prompt_of
+from tests.support import checkpoints, decoders
+from tests.support.checkpoints import classifier, write_json
+from tests.support.decoders import TASK, change_config, converted, with_logit_score, with_pair_template
+from tests.support.oracle import ask
+from tests.support.pipeline import logits, tokenize_for_logits
+
+PAIRS = [
+    ("what is the value?", "A class of it"),
+    ("x", "this is it; for {and} of to the query return value class object in a of to\n"),
+    ("the value of the class", ""),
+    ("the value of the class", "Äß \n 12 <Document>: {query}"),
+]
+TOLERANCE = 1e-5
+
+
+def quiet(make, *args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(*args, **kwargs)
+
+
+def model_card(path, pairs, instruction=TASK, newlines=2, max_length=512):
+    """The computation on Qwen3-Reranker's model card: padded on the left, softmax of two logits."""
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    prefix = tokenizer.encode(
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
+        'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n',
+        add_special_tokens=False,
+    )
+    suffix = tokenizer.encode(
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>" + "\n" * newlines, add_special_tokens=False
+    )
+    bodies = [f"<Instruct>: {instruction}\n<Query>: {q}\n<Document>: {d}" for q, d in pairs]
+    inputs = tokenizer(
+        bodies,
+        padding=False,
+        truncation="longest_first",
+        return_attention_mask=False,
+        max_length=max_length - len(prefix) - len(suffix),
+    )
+    inputs["input_ids"] = [prefix + ids + suffix for ids in inputs["input_ids"]]
+    inputs = tokenizer.pad(inputs, padding=True, return_tensors="pt")
+    yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    with torch.inference_mode():
+        last = model(**inputs).logits[:, -1]
+        both = torch.stack([last[:, no], last[:, yes]], dim=1)
+        return torch.nn.functional.log_softmax(both, dim=1)[:, 1].exp().numpy()
+
+
+def probabilities(path, pairs, **parameters):
+    return 1 / (1 + np.exp(-logits(path, pairs, parameters)[:, 0]))
+
+
+def test_qwen3_reranker_equals_the_model_card(tmp_path):
+    path = decoders.qwen3_reranker(tmp_path / "c")
+    expected = model_card(path, PAIRS)
+    np.testing.assert_allclose(probabilities(path, PAIRS), expected, atol=TOLERANCE)
+    assert np.ptp(expected) > 0.03, "the pairs must differ"
+    alone = np.concatenate([probabilities(path, [pair]) for pair in PAIRS])
+    np.testing.assert_allclose(alone, expected, atol=TOLERANCE)
+    other = "Find {braces} and more"
+    np.testing.assert_allclose(
+        probabilities(path, PAIRS, instruction=other), model_card(path, PAIRS, other), atol=TOLERANCE
+    )
+
+
+def test_qwen3_reranker_cuts_as_the_model_card(tmp_path):
+    path = decoders.qwen3_reranker(tmp_path / "c", max_length=320)
+    pairs = [("the value", "a class of " * 200), ("the value " * 200, "x"), ("x", "y")]
+    rows = tokenize_for_logits(Checkpoint.read(path), pairs)
+    assert [(len(row.ids), row.is_truncated) for row in rows[:2]] == [(320, True)] * 2
+    assert not rows[2].is_truncated
+    np.testing.assert_allclose(
+        probabilities(path, pairs), model_card(path, pairs, max_length=320), atol=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda piece: piece.replace("</think>\n\n", "</think>\n"),
+        lambda piece: piece.replace("<think>\n\n</think>\n\n", ""),
+        lambda piece: piece.replace("<Query>: ", "<Query>:"),
+        lambda piece: piece.replace("user\n", "user"),
+    ],
+    ids=["one newline less", "without thinking", "one blank less", "another newline less"],
+)
+def test_negative_control_a_prompt_that_is_nearly_right(tmp_path, monkeypatch, change):
+    path = decoders.qwen3_reranker(tmp_path / "c")
+    expected = model_card(path, PAIRS)
+    changed = dataclasses.replace(QWEN3, plain=tuple(map(change, QWEN3.plain)))
+    assert changed != QWEN3
+    monkeypatch.setitem(rerank_prompt._OF_MODEL_TYPE, "qwen3", changed)
+    assert np.abs(probabilities(path, PAIRS) - expected).max() > 1e-3
+
+
+def test_negative_control_the_model_card_with_one_newline_less(tmp_path):
+    path = decoders.qwen3_reranker(tmp_path / "c")
+    assert np.abs(probabilities(path, PAIRS) - model_card(path, PAIRS, newlines=1)).max() > 1e-3
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_head_s_rows_are_the_right_ones(tmp_path, is_tied):
+    path = decoders.qwen3_reranker(tmp_path / "c")
+    tied = probabilities(path, PAIRS)
+    change_config(path, tie_word_embeddings=is_tied)
+    if not is_tied:
+        # Some checkpoints tie nothing and have no head all the same: the embeddings stand in.
+        np.testing.assert_allclose(probabilities(path, PAIRS), tied, atol=TOLERANCE)
+        model = AutoModelForCausalLM.from_pretrained(path)
+        with torch.no_grad():
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0))
+        model.save_pretrained(path, max_shard_size="30KB")
+        (path / "model.safetensors").unlink()
+    np.testing.assert_allclose(probabilities(path, PAIRS), model_card(path, PAIRS), atol=TOLERANCE)
+
+
+def test_a_pickled_language_model(tmp_path):
+    path = decoders.qwen3_reranker(tmp_path / "c")
+    expected = logits(path, PAIRS)
+    state = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    torch.save(state, path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    np.testing.assert_allclose(logits(path, PAIRS), expected, atol=1e-6)
+
+
+def cross_encoder(path, pairs, **options):
+    encoder = quiet(
+        CrossEncoder, str(path), device="cpu", local_files_only=True, activation_fn=torch.nn.Identity()
+    )
+    return quiet(encoder.predict, pairs, **options)
+
+
+def formatted(pairs, instruction=TASK):
+    """As the cards of the conversions say: the prompt is written into the texts by hand."""
+    prefix, body, suffix = (
+        piece.replace("{instruction}", instruction) for piece in rerank_prompt._QWEN3_PIECES
+    )
+    before, _, rest = body.partition("<Document>: ")
+    return [
+        (prefix + before.format(query=q), "<Document>: " + rest.format(document=d) + suffix) for q, d in pairs
+    ]
+
+
+def test_the_conversion_equals_the_cross_encoder(tmp_path):
+    original = decoders.qwen3_reranker(tmp_path / "o")
+    path = converted(tmp_path / "c", original, ("no", "yes"))
+    with_chat = logits(path, PAIRS)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    # sentence-transformers takes the template of a conversation for one of pairs, and refuses it.
+    del config["chat_template"]
+    write_json(path / "tokenizer_config.json", config)
+    np.testing.assert_array_equal(logits(path, PAIRS), with_chat)
+    expected = cross_encoder(path, formatted(PAIRS))
+    np.testing.assert_allclose(logits(path, PAIRS)[:, 0], expected, atol=TOLERANCE)
+    np.testing.assert_allclose(logits(path, PAIRS), logits(original, PAIRS), atol=TOLERANCE)
+    other = logits(path, PAIRS, {"instruction": "Other"})[:, 0]
+    np.testing.assert_allclose(other, cross_encoder(path, formatted(PAIRS, "Other")), atol=TOLERANCE)
+    assert np.abs(cross_encoder(path, PAIRS) - expected).max() > 1e-3, "else the prompt does nothing"
+
+
+def test_the_chat_template_of_a_conversion(tmp_path):
+    original = decoders.qwen3_reranker(tmp_path / "o")
+    path = with_pair_template(converted(tmp_path / "c", original, ("no", "yes")))
+    write_json(
+        path / "sentence_bert_config.json",
+        {
+            "transformer_task": "sequence-classification",
+            "modality_config": {
+                "text": {"method": "forward", "method_output_name": "logits"},
+                "message": {"method": "forward", "method_output_name": "logits", "format": "flat"},
+            },
+            "module_output_name": "scores",
+        },
+    )
+    write_json(path / "config_sentence_transformers.json", {"model_type": "CrossEncoder"})
+    write_json(
+        path / "modules.json",
+        [
+            {
+                "idx": 0,
+                "name": "0",
+                "path": "",
+                "type": "sentence_transformers.base.modules.transformer.Transformer",
+            }
+        ],
+    )
+    checkpoint = Checkpoint.read(path)
+    assert rerank_prompt_of(checkpoint).name == "its chat template's"
+    assert list(heads_of(checkpoint, ServingOptions())) == ["logits"]
+    np.testing.assert_allclose(logits(path, PAIRS)[:, 0], cross_encoder(path, PAIRS), atol=TOLERANCE)
+    expected = cross_encoder(path, PAIRS, prompt="Other")
+    np.testing.assert_allclose(logits(path, PAIRS, {"instruction": "Other"})[:, 0], expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("false", [True, False])
+def test_logit_score_equals_the_cross_encoder(tmp_path, false):
+    path = decoders.qwen3_reranker(tmp_path / "c")
+    true, no = 300, 40
+    with_pair_template(with_logit_score(path, true, no if false else None))
+    checkpoint = Checkpoint.read(path)
+    assert list(heads_of(checkpoint, ServingOptions())) == ["logits"]
+    assert labels(checkpoint) == ["300"]
+    np.testing.assert_allclose(logits(path, PAIRS)[:, 0], cross_encoder(path, PAIRS), atol=TOLERANCE)
+    long = [("the value", "a class of " * 400)]
+    np.testing.assert_allclose(logits(path, long)[:, 0], cross_encoder(path, long), atol=TOLERANCE)
+    write_json(
+        path / "config_sentence_transformers.json",
+        {"model_type": "CrossEncoder", "prompts": {"q": "Other {x}"}, "default_prompt_name": "q"},
+    )
+    np.testing.assert_allclose(logits(path, PAIRS)[:, 0], cross_encoder(path, PAIRS), atol=TOLERANCE)
+
+
+def test_a_language_model_that_answers_by_its_own_template(tmp_path):
+    path = with_pair_template(decoders.qwen3_reranker(tmp_path / "c"))
+    np.testing.assert_allclose(logits(path, PAIRS)[:, 0], cross_encoder(path, PAIRS), atol=TOLERANCE)
+
+
+def test_bge_gemma_equals_flag_llm_reranker(tmp_path):
+    path = decoders.bge_gemma(tmp_path / "bge-gemma")
+    pairs = [("what is the value", "a class of it"), ("x", "this is it"), ("the value", "x " * 30)]
+    expected = ask("flag_llm_reranker", path=str(path), pairs=pairs, max_length=128)
+    np.testing.assert_allclose(logits(path, pairs)[:, 0], expected, atol=TOLERANCE)
+    assert np.std(expected) > 0.01
+    prompt = "Predict Yes or No."
+    expected = ask("flag_llm_reranker", path=str(path), pairs=pairs, max_length=128, prompt=prompt)
+    np.testing.assert_allclose(logits(path, pairs, {"instruction": prompt})[:, 0], expected, atol=TOLERANCE)
+
+
+def test_bge_gemma_cuts_as_flag_llm_reranker(tmp_path):
+    path = decoders.bge_gemma(tmp_path / "bge-gemma")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    query, document = "what is the value", "a class of it " * 40
+    expected = ask("flag_llm_reranker", path=str(path), pairs=[(query, document)], max_length=64)
+    # There a document has 64 tokens, and the rest comes on top of that.
+    rest = ("<bos>", f"A: {query}", "\n", "\n", BGE_GEMMA.plain[-1])
+    size = 64 + sum(len(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in rest)
+    got = logits(path, [(query, document)], {"max_tokens": size})[:, 0]
+    np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+    other = logits(path, [(query, document)], {"max_tokens": size + 1})[:, 0]
+    assert np.abs(other - expected).max() > 1e-3, "negative control: one token more"
+
+
+def test_negative_control_bge_gemma_without_its_first_token(tmp_path, monkeypatch):
+    path = decoders.bge_gemma(tmp_path / "c")
+    expected = logits(path, PAIRS)
+    monkeypatch.setitem(
+        rerank_prompt._OF_MODEL_TYPE, "gemma", dataclasses.replace(BGE_GEMMA, plain=BGE_GEMMA.plain[1:])
+    )
+    assert np.abs(logits(path, PAIRS) - expected).max() > 1e-3
+
+
+def mxbai_rerank(path, pairs, instruction=None):
+    """mxbai_rerank's own computation (mxbai_rerank_v2.py), without truncation."""
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    system, *_, suffix = MXBAI.plain
+    rows = []
+    for query, document in pairs:
+        asked = f"query: {query}" if instruction is None else f"instruction: {instruction}\nquery: {query}"
+        rows.append(
+            ids(system)
+            + ids(asked)
+            + ids("\n")
+            + ids(f"document: {document}")
+            + ids("\n")
+            + ids(rerank_prompt._MXBAI_TASK)
+            + ids(suffix)
+        )
+    inputs = tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        last = model(**inputs).logits[:, -1]
+    return (last[:, ids("1")[0]] - last[:, ids("0")[0]]).numpy()
+
+
+@pytest.mark.parametrize("instruction", [None, "Find it"])
+def test_mxbai_equals_its_makers_computation(tmp_path, instruction):
+    path = decoders.mxbai_v2(tmp_path / "c")
+    parameters = {} if instruction is None else {"instruction": instruction}
+    expected = mxbai_rerank(path, PAIRS, instruction)
+    np.testing.assert_allclose(logits(path, PAIRS, parameters)[:, 0], expected, atol=TOLERANCE)
+    assert np.std(expected) > 0.01
+
+
+def test_mxbai_s_conversion_with_two_labels(tmp_path):
+    original = decoders.mxbai_v2(tmp_path / "o")
+    path = converted(tmp_path / "c", original, ("0", "1"), ("0", "1"))
+    checkpoint = Checkpoint.read(path)
+    assert labels(checkpoint) == ["1"]
+    np.testing.assert_allclose(logits(path, PAIRS), logits(original, PAIRS), atol=TOLERANCE)
+
+
+KINDS = ("gemma", "llama", "mistral", "qwen2", "qwen3")
+
+
+def test_every_decoder_can_be_a_classifier():
+    from backends.decoder_head import DECODERS
+
+    decoding = {kind for family in FAMILIES.values() if family.is_decoder for kind in family.model_types}
+    assert decoding == set(DECODERS) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_classifiers_on_decoders(tmp_path, kind):
+    path = classifier(tmp_path / "c", functools.partial(checkpoints.FAMILIES[kind], pad_token_id=0), 3)
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    texts = ["the value of this class", "x", "return it; for and of"]
+    rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+    with torch.inference_mode():
+        expected = np.concatenate([model(row).logits.numpy() for row in rows])
+    np.testing.assert_allclose(logits(path, texts), expected, atol=TOLERANCE)
+    assert np.abs(np.roll(expected, 1, axis=0) - expected).max() > 1e-2
+
+
+def test_the_rightmost_token_that_is_not_padding(tmp_path):
+    path = classifier(tmp_path / "c", checkpoints.qwen3, 3)
+    pad = json.loads((path / "tokenizer.json").read_text())["added_tokens"][0]["id"]
+    change_config(path, pad_token_id=pad)
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    text = "the value<|endoftext|><|endoftext|>"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert ids[0, -2:].tolist() == [pad, pad]
+    with torch.inference_mode():
+        expected = model(ids).logits.numpy()
+        last = model.score(model.model(ids).last_hidden_state[:, -1]).numpy()
+    np.testing.assert_allclose(logits(path, [text]), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(logits(path, [text, "x"])[:1], expected, atol=TOLERANCE)
+    assert np.abs(last - expected).max() > 1e-3, "negative control: the last token itself"
+    only = "<|endoftext|><|endoftext|>"
+    with torch.inference_mode():
+        first = model(tokenizer(only, return_tensors="pt")["input_ids"]).logits.numpy()
+    np.testing.assert_allclose(logits(path, [only]), first, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("make", "prompt"),
+    [
+        (decoders.qwen3_reranker, QWEN3),
+        (decoders.bge_gemma, BGE_GEMMA),
+        (decoders.mxbai_v2, MXBAI),
+        (decoders.qwen3_embedding, None),
+        (decoders.gte_qwen2, None),
+        (decoders.e5_mistral, None),
+    ],
+)
+def test_what_a_language_model_is_for(tmp_path, make, prompt):
+    path = make(tmp_path / "c")
+    checkpoint = Checkpoint.read(path)
+    heads = heads_of(checkpoint, ServingOptions())
+    if prompt is None:
+        assert list(heads) == ["dense", "tokens"]
+        return
+    assert list(heads) == ["logits"]
+    assert f"its prompt is {prompt.name}" in heads["logits"]
+    assert rerank_prompt_of(checkpoint) == prompt
+    parameters = build_pipeline("c", str(path), checkpoint, ServingOptions()).parameters
+    assert parameters["tasks"] == "score,classify"
+    assert parameters.get("score_is_probability") == ("true" if prompt is QWEN3 else None)
+    assert (score_activation(checkpoint), label_activation(checkpoint)) == ("sigmoid", "sigmoid")
+    assert list(heads_of(checkpoint, ServingOptions(task="embed"))) == ["dense"]
+
+
+def test_an_embedding_model_without_modules_is_known_by_its_last_token(tmp_path):
+    path = decoders.qwen3_embedding(tmp_path / "c")
+    (path / "modules.json").unlink()
+    (path / "1_Pooling" / "config.json").unlink()
+    (path / "1_Pooling").rmdir()
+    assert list(heads_of(Checkpoint.read(path), ServingOptions())) == ["dense", "tokens"]
+
+
+def test_a_language_model_that_nothing_is_known_of(tmp_path):
+    path = checkpoints.llama(tmp_path / "c", "ForCausalLM")
+    checkpoint = Checkpoint.read(path)
+    assert list(heads_of(checkpoint, ServingOptions())) == ["dense", "tokens"]
+    with pytest.raises(CheckpointError, match="how it is to be asked is not known"):
+        build_pipeline("c", str(path), checkpoint, ServingOptions(task="score"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "labels", "is_prompted"),
+    [
+        ("qwen3", "c", ("LABEL_0",), True),
+        ("qwen3", "c", ("no", "yes"), True),
+        ("qwen3", "c", ("good", "bad"), False),
+        ("qwen2", "c", ("LABEL_0",), False),
+        ("qwen2", "mxbai-rerank-base-v2-seq", ("LABEL_0",), True),
+        ("gemma", "bge-reranker-v2-gemma-seq-cls", ("LABEL_0",), True),
+        ("gemma", "c", ("LABEL_0",), False),
+        ("llama", "reranker", ("LABEL_0",), False),
+    ],
+)
+def test_which_classifiers_are_conversions(tmp_path, kind, name, labels, is_prompted):
+    path = classifier(tmp_path / name, checkpoints.FAMILIES[kind], len(labels), labels)
+    assert (rerank_prompt_of(Checkpoint.read(path)) is not None) == is_prompted
+
+
+def tokens(path, pairs, **parameters):
+    return tokenize_for_logits(Checkpoint.read(path), pairs, parameters)
+
+
+def test_caps_and_the_other_side(tmp_path):
+    path = decoders.qwen3_reranker(tmp_path / "c", max_length=400)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    query, document = "the value of", "a class of it and the object in it"
+    caps = [len(tokenizer(text)["input_ids"]) for text in ("the value", "a class of")]
+    (whole,) = tokens(path, [(query, document)])
+    (short,) = tokens(path, [("the value", "a class of")])
+    (capped,) = tokens(path, [(query, document)], max_query_tokens=caps[0], max_document_tokens=caps[1])
+    assert capped.ids.tolist() == short.ids.tolist()
+    assert capped.is_truncated
+    assert not whole.is_truncated
+    (left,) = tokens(path, [(query, "x " * 900 + "the end")], truncation="left")
+    (right,) = tokens(path, [(query, "x " * 900 + "the end")])
+    assert len(left.ids) <= 400 == len(right.ids)
+    assert left.is_truncated
+    assert "the end<|im_end|>" in tokenizer.decode(left.ids)
+    assert "the end" not in tokenizer.decode(right.ids)
+    (limited,) = tokens(path, [(query, document * 5)], max_tokens=len(whole.ids))
+    assert (len(limited.ids), limited.is_truncated) == (len(whole.ids), True)
+
+
+def test_a_long_query_leaves_room_for_a_document(tmp_path):
+    path = decoders.bge_gemma(tmp_path / "bge-gemma")
+    (row,) = tokens(path, [("x " * 900, "y " * 900)])
+    text = AutoTokenizer.from_pretrained(path).decode(row.ids)
+    assert len(row.ids) == 512
+    assert text.count("x") > 50
+    assert text.count("y") > 20
+
+
+@pytest.mark.parametrize(
+    ("parameters", "code", "text"),
+    [
+        (
+            {"truncation": "error"},
+            ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+            "the pair has .* with the prompt around it",
+        ),
+        ({"max_tokens": 20}, ErrorCode.INVALID_INPUT, "the prompt around a pair takes"),
+        ({"text_format": "ids"}, ErrorCode.INVALID_INPUT, "a pair takes texts"),
+        ({"instruction": "a " * 9000}, ErrorCode.CONTEXT_LENGTH_EXCEEDED, None),
+    ],
+)
+def test_what_is_refused(tmp_path, parameters, code, text):
+    path = decoders.qwen3_reranker(tmp_path / "c")
+    if text is None:
+        # An instruction is a part of what is cut, as on the model card.
+        assert tokens(path, [("a", "b")], **parameters)[0].is_truncated
+        return
+    with pytest.raises(RequestError, match=text) as refused:
+        tokens(path, [("a", "b"), ("the value", "x " * 900)], **parameters)
+    assert refused.value.failure.code is code
+
+
+def test_a_template_without_a_place_for_an_instruction(tmp_path):
+    template = "{{ messages[0].content }} query / document {{ messages[1].content }}"
+    path = with_pair_template(decoders.qwen3_reranker(tmp_path / "c"), template)
+    with pytest.raises(RequestError, match="has no place for an instruction"):
+        tokens(path, [("a", "b")], instruction="c")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content | upper }} query document {{ messages[1].content }}", "changes the texts"),
+        ("query {{ messages[0].content }} document", "leaves the query or the document out"),
+        ("query document {{ raise_exception('no') }}", "cannot be rendered with a query and a document: no"),
+        ("query document {{", "cannot be rendered"),
+        ("query document {{ ''.__class__.__mro__ }}", "cannot be rendered"),
+    ],
+)
+def test_templates_that_cannot_be_used(tmp_path, template, message):
+    path = with_pair_template(decoders.qwen3_reranker(tmp_path / "c"), template)
+    with pytest.raises(CheckpointError, match=message):
+        rerank_prompt_of(Checkpoint.read(path))
+
+
+def test_a_template_that_wants_parts(tmp_path):
+    template = "query {{ messages[0].content[0].text }} document {{ messages[1].content[0].text }}"
+    path = with_pair_template(decoders.qwen3_reranker(tmp_path / "c"), template)
+    assert rerank_prompt_of(Checkpoint.read(path)).plain == ("query {query} document {document}",)
