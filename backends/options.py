@@ -49,6 +49,8 @@ class ServingOptions:
     """The architecture, where config.json does not name it."""
     causal: bool | None = None
     """Of a decoder, whether its tokens look only at those before them; None is what the checkpoint says."""
+    share_prefix: bool = True
+    """Of a causal decoder, whether what several texts of a batch begin with is computed once."""
     trust_remote_code: bool = False
     """Whether code that a checkpoint brings may run."""
 

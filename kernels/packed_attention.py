@@ -7,6 +7,8 @@ transformers' AttentionInterface, so that one function serves every model class 
 Sequences of equal length that lie side by side run as one batch: with the longest first, as
 backends.ragged.cut_by_budget orders them, this is the fast path of a CPU, with no padding at all.
 
+A sequence may go on from others in the row: then its tokens look at those as well, and lie behind them.
+
 *Source:* transformers 5.23 masking_utils.py and modeling_utils.py for the contract; a sliding window is an
 exclusive bound there in every family.
 """
@@ -20,10 +22,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+Ranges = tuple[tuple[int, int], ...]
+"""Places in the packed row, from and to."""
+
 # transformers gives special treatment to names that hold "flash", "sdpa", "flex_attention", "paged|" or "/".
 NAME = "packed"
 # Queries of one block of windowed attention, at least: smaller ones would not fill the matrix unit.
 _LEAST_BLOCK = 128
+# Queries of one block behind a prefix, whose mask is written out.
+_PREFIX_BLOCK = 512
+# Keys of sequences behind one prefix that are put together at once, prefixes counted for each.
+_MAX_KEYS = 65536
 
 
 def packed_attention(
@@ -40,14 +49,17 @@ def packed_attention(
     *,
     sequence_lengths: Sequence[int] | None = None,
     key_lengths: Sequence[int] | None = None,
+    prefixes: Sequence[Ranges] | None = None,
     on_attention: Callable[[], None] | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, Hq, t, D], key and value [1, Hkv, t, D], sequence_lengths on the host -> [1, t, Hq, D], None.
 
     `key_lengths` says how many tokens at the beginning of each sequence are looked at, all of them without
-    it. `on_attention` is called once for every call: a model that never calls it does not use this function.
-    Raises RuntimeError for a call that does not come from a packed batch.
+    it. `prefixes` says for each sequence which ranges of the row it goes on from, in their order; their
+    tokens count as its first positions. `on_attention` is called once for every call: a model that never
+    calls it does not use this function. Raises RuntimeError for a call that does not come from a packed
+    batch.
     """
     if attention_mask is not None or sequence_lengths is None or query.shape[0] != 1:
         raise RuntimeError(f"{type(module).__name__} reached packed attention without a packed batch")
@@ -59,7 +71,7 @@ def packed_attention(
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-    for start, count, length, key_length in equal_length_runs(sequence_lengths, key_lengths):
+    for start, count, length, key_length, prefix in _runs(sequence_lengths, key_lengths, prefixes):
         stop = start + count * length
         # [H, count * length, D] -> [count, H, length, D], all views
         q, k, v = (
@@ -67,8 +79,13 @@ def packed_attention(
             for x in (query, key, value)
         )
         k, v = k[:, :, :key_length], v[:, :, :key_length]
+        if prefix:
+            k, v = _behind(key, k, prefix), _behind(value, v, prefix)
+        offset = k.shape[2] - key_length
         out = output[start:stop].view(count, length, *output.shape[1:])
-        for first, last, keys, mask in _blocks(length, key_length, causal, sliding_window, query.device):
+        for first, last, keys, mask in _blocks(
+            length, key_length, causal, sliding_window, query.device, offset
+        ):
             block = (q[:, :, first:last], k[:, :, keys], v[:, :, keys])
             plain_causal = causal and mask is None
             if softcap is None:
@@ -85,40 +102,59 @@ def packed_attention(
     return output[None], None
 
 
-def equal_length_runs(
-    lengths: Sequence[int], key_lengths: Sequence[int] | None = None
-) -> Iterator[tuple[int, int, int, int]]:
-    """(first token, number of sequences, length, key length) of every run of neighbours that are alike; empty
-    ones left out.
+def _runs(
+    lengths: Sequence[int],
+    key_lengths: Sequence[int] | None = None,
+    prefixes: Sequence[Ranges] | None = None,
+) -> Iterator[tuple[int, int, int, int, Ranges]]:
+    """(first token, number of sequences, length, key length, prefix) of every run of neighbours that are
+    alike; empty ones left out.
     """
     start = 0
-    for (length, key_length), run in groupby(zip(lengths, key_lengths or lengths, strict=True)):
+    kinds = zip(lengths, key_lengths or lengths, prefixes or [()] * len(lengths), strict=True)
+    for (length, key_length, prefix), run in groupby(kinds):
         count = sum(1 for _ in run)
-        if length:
-            yield start, count, length, key_length
+        # Every sequence of a run gets a copy of its prefix.
+        ahead = sum(stop - first for first, stop in prefix)
+        step = max(1, _MAX_KEYS // (ahead + length)) if ahead else count
+        for done in range(0, count if length else 0, step):
+            yield start + done * length, min(step, count - done), length, key_length, prefix
         start += count * length
+
+
+def _behind(row: torch.Tensor, own: torch.Tensor, prefix: Ranges) -> torch.Tensor:
+    """Keys or values of sequences [count, H, length, D] with those of their prefix, out of the row
+    [1, H, t, D], before them.
+    """
+    ahead = torch.cat([row[0, :, first:stop] for first, stop in prefix], dim=1)
+    return torch.cat([ahead.expand(len(own), *ahead.shape), own], dim=2)
 
 
 Block = tuple[int, int, slice, torch.Tensor | None]
 
 
 def _blocks(
-    length: int, key_length: int, causal: bool, window: int | None, device: torch.device
+    length: int, key_length: int, causal: bool, window: int | None, device: torch.device, offset: int = 0
 ) -> Iterator[Block]:
-    """(first query, end of the queries, their keys, mask) of every block of a sequence.
+    """(first query, end of the queries, their keys, mask) of every block of a sequence that has `offset` keys
+    before its own.
 
-    One block where no window cuts anything off. With a window, a block of queries sees so few keys that
-    neither time nor memory grows with the square of the length.
+    One block where nothing is cut off. With a window, a block of queries sees so few keys that neither time
+    nor memory grows with the square of the length.
     """
-    if window is None or window >= max(length, key_length):
-        yield 0, length, slice(0, key_length), None
-        return
-    size = max(window, _LEAST_BLOCK)
+    keys = offset + key_length
+    if window is None or window >= max(offset + length, keys):
+        if not (causal and offset):
+            yield 0, length, slice(0, keys), None
+            return
+        window = offset + length
+    size = _PREFIX_BLOCK if window >= offset + length else max(window, _LEAST_BLOCK)
     for first in range(0, length, size):
         last = min(first + size, length)
-        begin = min(max(0, first - window + 1), key_length - 1)
-        end = max(min(key_length, last if causal else last + window - 1), begin + 1)
-        distance = torch.arange(first, last, device=device)[:, None] - torch.arange(begin, end, device=device)
+        begin = min(max(0, offset + first - window + 1), keys - 1)
+        end = max(min(keys, offset + (last if causal else last + window - 1)), begin + 1)
+        places = torch.arange(offset + first, offset + last, device=device)
+        distance = places[:, None] - torch.arange(begin, end, device=device)
         allowed = distance.abs() < window
         # A token that only looks may lie further than a window behind the last key. It then gets nothing,
         # zeros, as from torch's own function.

@@ -17,7 +17,7 @@ import torch
 from backends.contract import FIRST_LENGTH, HIDDEN, INPUT_IDS, KEY_LENGTH, LENGTH
 from backends.device import TORCH_DTYPES, compute_dtype, place
 from backends.families import family_of
-from backends.forward import choose_forward, encode
+from backends.forward import Forward, choose_forward, encode
 from backends.heads import encoder_inputs
 from backends.options import WIRE_DTYPES
 from backends.ragged import Lengths, Ragged
@@ -52,13 +52,21 @@ class EncoderStage(Stage):
 
         self.max_batch_tokens = options.max_batch_tokens
         self.wire_dtype = TORCH_DTYPES[WIRE_DTYPES[options.dtype]]
-        self.forward = choose_forward(load, family, dict(config), context.name)
+        is_causal = causality is not None and causality.is_causal
+        is_causal = causality is not None and causality.is_causal
+        self.forward = choose_forward(
+            load,
+            family,
+            dict(config),
+            context.name,
+            shares_prefixes=options.share_prefix and is_causal,
+        )
         logger.info(
             "%s on %s in %s, %s, %d threads",
             family.name,
             self.device,
             str(dtype).removeprefix("torch."),
-            "packed" if self.forward.is_packed else "padded",
+            _way(self.forward),
             torch.get_num_threads(),
         )
         if causality is not None:
@@ -80,14 +88,20 @@ class EncoderStage(Stage):
     def run(self, batch: Sequence[StageRequest]) -> list[Answer]:
         ids = np.concatenate([request.array(INPUT_IDS)[0] for request in batch])
         lengths = [request.array(LENGTH)[0] for request in batch]
-        values = torch.from_numpy(ids.astype(np.int64)).to(self.device)
-        tokens = Ragged(values, np.concatenate(lengths).astype(np.int64))
+        tokens = Ragged(torch.from_numpy(ids.astype(np.int64)), np.concatenate(lengths).astype(np.int64))
         keys = _row(batch, KEY_LENGTH) if self.has_key_length else None
         firsts = _row(batch, FIRST_LENGTH) if self.has_first_length else None
         with torch.inference_mode():
             hidden = encode(self.forward, tokens, self.max_batch_tokens, self.wire_dtype, keys, firsts)
         sizes = [int(one.sum()) for one in lengths]
         return [{HIDDEN: part[None]} for part in torch.split(hidden, sizes)]
+
+
+def _way(forward: Forward) -> str:
+    """How it runs, in a line of the log."""
+    if not forward.is_packed:
+        return "padded"
+    return "packed, shared prefixes once" if forward.shares_prefixes else "packed"
 
 
 def _row(batch: Sequence[StageRequest], name: str) -> Lengths:

@@ -75,6 +75,13 @@ Causal = Annotated[
         help="Whether a decoder's tokens look only at those before them. Default: as the checkpoint says.",
     ),
 ]
+SharePrefix = Annotated[
+    bool | None,
+    typer.Option(
+        "--share-prefix/--no-share-prefix",
+        help="Whether a causal decoder computes once what several texts begin with. Default: it does.",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Let code that a checkpoint brings run.")
 ]
@@ -121,6 +128,7 @@ def add(
     task: Task = None,
     model_type: ModelType = None,
     causal: Causal = None,
+    share_prefix: SharePrefix = None,
     trust_remote_code: TrustRemoteCode = None,
     max_context_batch_size: MaxContextBatchSize = None,
 ) -> None:
@@ -215,6 +223,7 @@ def serve(
     task: Task = None,
     model_type: ModelType = None,
     causal: Causal = None,
+    share_prefix: SharePrefix = None,
     trust_remote_code: TrustRemoteCode = None,
     max_context_batch_size: MaxContextBatchSize = None,
     chat_template: ChatTemplate = None,

@@ -314,7 +314,7 @@ def test_an_input_over_the_budget_runs_alone(checkpoint):
         passes.append(ids.lengths.tolist())
         return forward(ids)
 
-    watched.is_packed = True
+    watched.is_packed, watched.shares_prefixes, watched.device = True, False, torch.device("cpu")
     with torch.inference_mode():
         encode(watched, batch_of(checkpoint), 6, torch.float32)
     assert passes == [[11], [11], [5], [3, 1]]

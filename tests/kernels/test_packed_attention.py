@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.packed_attention import equal_length_runs, packed_attention
+from kernels.packed_attention import _runs, packed_attention
 
 LENGTHS = [7, 7, 3, 1, 5, 5]
 
@@ -80,5 +80,11 @@ def test_refuses_what_is_not_packed():
 
 
 def test_runs_of_equal_lengths():
-    assert list(equal_length_runs([3, 3, 0, 2, 3])) == [(0, 2, 3, 3), (6, 1, 2, 2), (8, 1, 3, 3)]
-    assert list(equal_length_runs([])) == []
+    assert list(_runs([3, 3, 0, 2, 3])) == [(0, 2, 3, 3, ()), (6, 1, 2, 2, ()), (8, 1, 3, 3, ())]
+    assert list(_runs([])) == []
+    behind = ((0, 9),)
+    assert list(_runs([9, 3, 3], None, [(), behind, behind])) == [(0, 1, 9, 9, ()), (9, 2, 3, 3, behind)]
+    many = list(_runs([40000, *[1] * 5], None, [(), *[((0, 40000),)] * 5]))
+    assert many[1:] == [(40000 + i, 1, 1, 1, ((0, 40000),)) for i in range(5)], (
+        "keys are put together in parts"
+    )
