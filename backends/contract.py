@@ -10,6 +10,9 @@ one batch element of the encoder and the heads, so nothing on the wire is ever p
         logits              logits [n, labels]
         tokens              token_embeddings [1, t, h], token_ids [1, t]
 
+Where all heads of a pipeline read one token of each text only, the encoder gives last_hidden [1, n, h]
+instead of hidden.
+
 Answers of different length per item lie end to end in one row, beside the count of each item.
 
 `n_tokens` and `truncated` ([n, 1]) repeat what the tokenizer knows under names that no later step reads: the
@@ -30,6 +33,8 @@ import numpy as np
 TEXT = "text"
 INPUT_IDS = "input_ids"
 LENGTH = "length"
+LAST_HIDDEN = "last_hidden"
+"""[1, n, h] instead of hidden: the state of one token of each text, where no head reads another."""
 PROMPT_LENGTH = "prompt_length"
 FIRST_LENGTH = "first_length"
 """How many of a sequence's tokens belong to the first text of a pair; all of them where there is no

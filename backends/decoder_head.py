@@ -3,8 +3,7 @@
 Only the rows of the language model's head that are needed are read and computed; the difference of two logits
 is one product with the difference of their rows. Computed in float32.
 
-*Source:* transformers 5.23 GenericForSequenceClassification, which takes the rightmost token that is not
-padding; sentence-transformers 6.2 LogitScore.
+*Source:* transformers 5.23 GenericForSequenceClassification; sentence-transformers 6.2 LogitScore.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError
 from backends.head_weights import HeadWeights
 from backends.ragged import Ragged
-from backends.rerank_prompt import RerankPrompt, Word, has_both_words, is_language_model
+from backends.rerank_prompt import RerankPrompt, Word, has_both_words
 from backends.tokenizer_file import load_tokenizer
 from backends.weights import read_rows, tensor_names
 
@@ -31,28 +30,16 @@ _TIED = ("gemma",)
 
 
 class LastTokenHead(torch.nn.Module):
-    """hidden [t, h] in any format -> float32 logits [n, labels] of one token of each sequence."""
+    """hidden [t, h] in any format -> float32 logits [n, labels] of the last token of each sequence."""
 
-    def __init__(self, output: torch.nn.Module, pad_id: int | None) -> None:
-        """With a `pad_id` the token is the rightmost one that is another, without it the last."""
+    def __init__(self, output: torch.nn.Module) -> None:
         super().__init__()
         self.output = output
-        self.pad_id = pad_id
 
-    def forward(self, hidden: Ragged, input_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """`input_ids` [t] are looked at where there is a pad_id."""
+    def forward(self, hidden: Ragged) -> torch.Tensor:
         rows = torch.from_numpy(hidden.offsets[1:] - 1).to(hidden.values.device)
-        if self.pad_id is not None and input_ids is not None:
-            rows = _rightmost(hidden, input_ids.to(rows.device) != self.pad_id)
         logits: torch.Tensor = self.output(hidden.values[rows].float())
         return logits
-
-
-def _rightmost(batch: Ragged, kept: torch.Tensor) -> torch.Tensor:
-    """Places [n] in the batch of each sequence's last kept [t] token; of its first where none is."""
-    places = torch.arange(len(kept), device=kept.device)
-    firsts = torch.from_numpy(batch.offsets[:-1]).to(kept.device)
-    return firsts.scatter_reduce(0, batch.segments[kept], places[kept], "amax")
 
 
 def load_words(checkpoint: Checkpoint, prompt: RerankPrompt, device: torch.device) -> LastTokenHead:
@@ -68,7 +55,7 @@ def load_words(checkpoint: Checkpoint, prompt: RerankPrompt, device: torch.devic
         raise CheckpointError(f"{folder} lacks {_HEADS[0]}, a weight of its language model's head")
     rows = read_rows(folder, name, ids).float()
     weight = rows[:1] - rows[1:2] if len(ids) > 1 else rows
-    return _head(weight, None, None, device)
+    return _head(weight, None, device)
 
 
 def load_labels(
@@ -89,20 +76,12 @@ def load_labels(
             f"{weights.folder}: the classification head has {len(weight)} labels, but config.json tells of "
             f"{n_labels} (two where it has neither num_labels nor id2label); give it the right id2label"
         )
-    return _head(weight, bias, pad_id(checkpoint), device)
+    return _head(weight, bias, device)
 
 
-def pad_id(checkpoint: Checkpoint) -> int | None:
-    """The token that a sequence classifier does not read its labels off."""
-    declared = checkpoint.config.get("pad_token_id")
-    return None if declared is None or is_language_model(checkpoint) else int(declared)
-
-
-def _head(
-    weight: torch.Tensor, bias: torch.Tensor | None, pad: int | None, device: torch.device
-) -> LastTokenHead:
+def _head(weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> LastTokenHead:
     output = layers.linear(weight.to(device), None if bias is None else bias.to(device))
-    return LastTokenHead(output, pad).eval().requires_grad_(False)
+    return LastTokenHead(output).eval().requires_grad_(False)
 
 
 def _id_of(checkpoint: Checkpoint, word: Word) -> int:

@@ -24,6 +24,14 @@ def takes_pairs(heads: Iterable[str]) -> bool:
     return any(HEADS[head].takes_pairs for head in heads)
 
 
+def only_row(checkpoint: Checkpoint, heads: Iterable[str]) -> str | None:
+    """The one token of each sequence that all the heads read (backends.last_token); None where one
+    reads more.
+    """
+    rows = {HEADS[head].row(checkpoint) for head in heads}
+    return rows.pop() if len(rows) == 1 else None
+
+
 def late_interaction(checkpoint: Checkpoint, heads: Collection[str]) -> LateInteraction | None:
     """What the tokenizer and the encoder must know where the ColBERT head is served."""
     return late_interaction_of(checkpoint) if "colbert" in heads else None

@@ -67,6 +67,8 @@ class HeadSpec:
     """Whether it computes so much that one core would be too little."""
     check_task_name: Callable[[Checkpoint, str], None] = lambda checkpoint, name: None
     """Raises CheckpointError for a word of task_names that this checkpoint cannot be served as."""
+    row: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    """The one token of each sequence that it reads (backends.last_token), where that is all it reads."""
     takes_pairs: bool = False
     """Whether a text may be a pair of texts."""
 

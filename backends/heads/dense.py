@@ -24,6 +24,7 @@ from backends.contract import (
 )
 from backends.errors import CheckpointError, RequestError
 from backends.heads.base import BGE_M3, HeadSpec, is_for_another_task
+from backends.last_token import LAST
 
 if TYPE_CHECKING:
     import torch
@@ -216,6 +217,14 @@ def _inputs(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (*own, PROMPT_LENGTH) if pools_without_prompt(checkpoint) else own
 
 
+def _row(checkpoint: Checkpoint) -> str | None:
+    """Of a decoder's embedding, which is its last token, nothing else is read."""
+    first = checkpoint.modules[0] if checkpoint.modules else None
+    if has_own_code(checkpoint) or first is None or first.kind != "Pooling":
+        return None
+    return LAST if pooling_modes(first.config) == ("lasttoken",) else None
+
+
 def _reason(checkpoint: Checkpoint) -> str | None:
     """Everything but what says that it was made for another task."""
     if is_for_another_task(checkpoint):
@@ -257,4 +266,5 @@ HEAD = HeadSpec(
     inputs=_inputs,
     parameters=(RequestParameter.DIMENSIONS, RequestParameter.NORMALIZE),
     load=_load,
+    row=_row,
 )

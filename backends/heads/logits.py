@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from backends.checkpoint import Checkpoint
-from backends.contract import INPUT_IDS, LOGITS, PipelineParameter, Task, TensorSpec
+from backends.contract import LOGITS, PipelineParameter, Task, TensorSpec
 from backends.errors import CheckpointError
 from backends.heads.base import HeadSpec
+from backends.last_token import LAST, UNPADDED
 from backends.rerank_prompt import asks_for_a_word, has_both_words, is_language_model, rerank_prompt_of
 
 if TYPE_CHECKING:
@@ -84,8 +85,6 @@ class LogitsHead:
     def __call__(
         self, hidden: Ragged, inputs: Mapping[str, torch.Tensor], parameters: Mapping[str, Any]
     ) -> dict[str, torch.Tensor | Ragged]:
-        if INPUT_IDS in inputs:
-            return {LOGITS: self.classifier(hidden, inputs[INPUT_IDS])}
         return {LOGITS: self.classifier(hidden)}
 
 
@@ -138,11 +137,12 @@ def _reason(checkpoint: Checkpoint) -> str | None:
     return f"config.json says {checkpoint.architecture}, with {what}{asked}"
 
 
-def _inputs(checkpoint: Checkpoint) -> tuple[str, ...]:
-    from backends.decoder_head import DECODERS, pad_id
+def _row(checkpoint: Checkpoint) -> str | None:
+    from backends.decoder_head import DECODERS
 
-    is_read = checkpoint.model_type in DECODERS and pad_id(checkpoint) is not None
-    return (INPUT_IDS,) if is_read else ()
+    if checkpoint.model_type not in DECODERS:
+        return None
+    return LAST if is_language_model(checkpoint) else UNPADDED
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, str]:
@@ -179,9 +179,10 @@ HEAD = HeadSpec(
     reason=_reason,
     facts=_facts,
     outputs=_outputs,
-    inputs=_inputs,
+    inputs=lambda checkpoint: (),
     parameters=(),
     load=_load,
     check_task_name=check_task_name,
     takes_pairs=True,
+    row=_row,
 )

@@ -13,6 +13,7 @@ from backends.contract import (
     INPUT_IDS,
     IS_SPECIAL,
     KEY_LENGTH,
+    LAST_HIDDEN,
     LENGTH,
     N_TOKENS,
     PROMPT_LENGTH,
@@ -28,7 +29,7 @@ from backends.contract import (
 from backends.errors import CheckpointError, OptionError
 from backends.families import family_of
 from backends.families.base import Causality, Family
-from backends.heads import HEADS, encoder_inputs, late_interaction
+from backends.heads import HEADS, encoder_inputs, late_interaction, only_row
 from backends.options import WIRE_DTYPES, ServingOptions
 from backends.trust import check_trust
 
@@ -68,7 +69,7 @@ def build_pipeline(
     stages = (
         _tokenizer(reference, options, heads),
         _encoder(reference, checkpoint, options, family, heads),
-        *(_head(head, reference, checkpoint, options) for head in heads),
+        *(_head(head, reference, checkpoint, options, heads) for head in heads),
     )
     outputs = tuple(output for head in heads for output in HEADS[head].outputs(checkpoint))
     account = tuple(spec for spec in stages[0].outputs if spec.name in ACCOUNT_OUTPUTS)
@@ -208,23 +209,30 @@ def _encoder(
         stage="encoder",
         stage_class="backends.stages.encoder.EncoderStage",
         inputs=(_ROWS[INPUT_IDS], _ROWS[LENGTH], *(_ROWS[name] for name in extra)),
-        outputs=(_hidden(checkpoint, options),),
+        outputs=(_hidden(checkpoint, options, heads),),
         parameters={"checkpoint": reference, "heads": ",".join(heads), **options.to_parameters()},
         device=options.device,
         instances=options.instances,
     )
 
 
-def _head(head: str, reference: str, checkpoint: Checkpoint, options: ServingOptions) -> StageSpec:
+def _head(
+    head: str, reference: str, checkpoint: Checkpoint, options: ServingOptions, heads: tuple[str, ...]
+) -> StageSpec:
     spec = HEADS[head]
-    hidden = _hidden(checkpoint, options)
-    extra = tuple(_ROWS[name] for name in spec.inputs(checkpoint))
+    hidden = _hidden(checkpoint, options, heads)
+    read: tuple[TensorSpec, ...] = (TensorSpec(hidden.name, hidden.dtype, hidden.dims, True),)
+    parameters = {"checkpoint": reference, "head": head, **options.to_parameters()}
+    if hidden.name == LAST_HIDDEN:
+        parameters["reads"] = LAST_HIDDEN
+    else:
+        read = (*read, _ROWS[LENGTH], *(_ROWS[name] for name in spec.inputs(checkpoint)))
     return StageSpec(
         stage=head,
         stage_class=spec.stage_class,
-        inputs=(TensorSpec(hidden.name, hidden.dtype, hidden.dims, True), _ROWS[LENGTH], *extra),
+        inputs=read,
         outputs=spec.outputs(checkpoint),
-        parameters={"checkpoint": reference, "head": head, **options.to_parameters()},
+        parameters=parameters,
         device=options.device,
     )
 
@@ -239,5 +247,6 @@ def _max_length(
     return own if late is None else min(late.lengths.get("document", own), most)
 
 
-def _hidden(checkpoint: Checkpoint, options: ServingOptions) -> TensorSpec:
-    return TensorSpec(HIDDEN, WIRE_DTYPES[options.dtype], (-1, checkpoint.hidden_size))
+def _hidden(checkpoint: Checkpoint, options: ServingOptions, heads: tuple[str, ...]) -> TensorSpec:
+    name = HIDDEN if only_row(checkpoint, heads) is None else LAST_HIDDEN
+    return TensorSpec(name, WIRE_DTYPES[options.dtype], (-1, checkpoint.hidden_size))

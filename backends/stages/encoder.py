@@ -1,5 +1,5 @@
 """The encoder stage: input_ids [1, t], length [1, n] -> hidden [1, t, h], all requests of a batch in packed
-passes.
+passes; last_hidden [1, n, h] instead where the pipeline's heads read one token of each text only.
 
 With key_length [1, n] where some tokens of a sequence are not to be looked at, and first_length [1, n] where
 pairs are told apart.
@@ -14,11 +14,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from backends.contract import FIRST_LENGTH, HIDDEN, INPUT_IDS, KEY_LENGTH, LENGTH
+from backends.contract import FIRST_LENGTH, HIDDEN, INPUT_IDS, KEY_LENGTH, LAST_HIDDEN, LENGTH
 from backends.device import TORCH_DTYPES, compute_dtype, place
 from backends.families import family_of
 from backends.forward import Forward, choose_forward, encode
-from backends.heads import encoder_inputs
+from backends.heads import encoder_inputs, only_row
+from backends.last_token import token_rows
 from backends.options import WIRE_DTYPES
 from backends.ragged import Lengths, Ragged
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
@@ -50,6 +51,8 @@ class EncoderStage(Stage):
         def load(attention: str | None) -> torch.nn.Module:
             return family.load(context.checkpoint, attention, dtype, self.device, causality)
 
+        self.checkpoint = context.checkpoint
+        self.row = only_row(context.checkpoint, context.heads)
         self.max_batch_tokens = options.max_batch_tokens
         self.wire_dtype = TORCH_DTYPES[WIRE_DTYPES[options.dtype]]
         is_causal = causality is not None and causality.is_causal
@@ -91,10 +94,12 @@ class EncoderStage(Stage):
         tokens = Ragged(torch.from_numpy(ids.astype(np.int64)), np.concatenate(lengths).astype(np.int64))
         keys = _row(batch, KEY_LENGTH) if self.has_key_length else None
         firsts = _row(batch, FIRST_LENGTH) if self.has_first_length else None
+        rows = None if self.row is None else token_rows(self.row, tokens, self.checkpoint)
         with torch.inference_mode():
-            hidden = encode(self.forward, tokens, self.max_batch_tokens, self.wire_dtype, keys, firsts)
-        sizes = [int(one.sum()) for one in lengths]
-        return [{HIDDEN: part[None]} for part in torch.split(hidden, sizes)]
+            hidden = encode(self.forward, tokens, self.max_batch_tokens, self.wire_dtype, keys, firsts, rows)
+        sizes = [int(one.sum()) if rows is None else len(one) for one in lengths]
+        name = HIDDEN if rows is None else LAST_HIDDEN
+        return [{name: part[None]} for part in torch.split(hidden, sizes)]
 
 
 def _way(forward: Forward) -> str:

@@ -1,4 +1,7 @@
-"""The head stage: hidden [1, t, h], length [1, n] -> the outputs of one head, a row for each text."""
+"""The head stage: hidden [1, t, h], length [1, n] -> the outputs of one head, a row for each text.
+
+Or last_hidden [1, n, h], one token of each text.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.contract import COUNT_OF, HIDDEN, LENGTH
+from backends.contract import COUNT_OF, HIDDEN, LAST_HIDDEN, LENGTH
 from backends.device import compute_dtype, place
 from backends.errors import RequestError
 from backends.heads import HEADS
@@ -20,6 +23,8 @@ from backends.trust import check_trust
 
 HEAD = "head"
 """The entry's parameter that names the head."""
+READS = "reads"
+"""The entry's parameter that names the tensor of hidden states, where that is not `hidden`."""
 
 
 class HeadStage(Stage):
@@ -31,7 +36,8 @@ class HeadStage(Stage):
         # Most heads are small: one thread each leaves the cores to the encoder.
         torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)) if spec.is_heavy else 1)
         self.device = place(context.device)
-        self.extra_inputs = spec.inputs(context.checkpoint)
+        self.hidden_name = context.parameters.get(READS, HIDDEN)
+        self.extra_inputs = spec.inputs(context.checkpoint) if self.hidden_name == HIDDEN else ()
         self.parameter_names = spec.parameters
         assert spec.load is not None
         check_trust(context.checkpoint, context.parameters[HEAD], options)
@@ -56,8 +62,11 @@ class HeadStage(Stage):
         return {name: request.parameters[name] for name in self.parameter_names if name in request.parameters}
 
     def _apply(self, batch: Sequence[StageRequest]) -> list[Answer]:
-        lengths = [request.array(LENGTH)[0].astype(np.int64) for request in batch]
-        parts = [request.tensor(HIDDEN)[0].to(self.device) for request in batch]
+        parts = [request.tensor(self.hidden_name)[0].to(self.device) for request in batch]
+        if self.hidden_name == LAST_HIDDEN:
+            lengths = [np.ones(len(part), np.int64) for part in parts]
+        else:
+            lengths = [request.array(LENGTH)[0].astype(np.int64) for request in batch]
         hidden = Ragged(torch.cat(parts) if len(parts) > 1 else parts[0], np.concatenate(lengths))
         extra = {
             name: torch.from_numpy(np.concatenate([request.array(name)[0] for request in batch]))

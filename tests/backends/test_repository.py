@@ -10,6 +10,7 @@ from backends.options import ServingOptions
 from backends.repository.pbtxt import ensemble_config, parse, stage_config
 from backends.repository.pipeline import build_pipeline, check_wiring
 from backends.repository.writer import list_pipelines, remove, render, write
+from tests.support import checkpoints, decoders
 from tests.support.checkpoints import sentence_transformer, write_json, xlm_roberta
 
 MEAN = {"pooling_mode": "mean"}
@@ -84,6 +85,26 @@ def test_the_device_becomes_a_kind_of_instance(path, device, kind):
     pipeline = build(path, device=device)
     assert parse(stage_config(pipeline, stages(pipeline)["encoder"])).instance_group[0].kind == kind
     assert parse(stage_config(pipeline, stages(pipeline)["tokenizer"])).instance_group[0].kind == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "sent"),
+    [
+        (decoders.qwen3_reranker, None, "last_hidden"),
+        (decoders.qwen3_embedding, "embed", "last_hidden"),
+        (decoders.qwen3_embedding, None, "hidden"),
+        (checkpoints.bge_m3, "embed", "hidden"),
+    ],
+)
+def test_one_token_of_each_text_is_sent_where_no_head_reads_more(tmp_path, make, task, sent):
+    checkpoint = Checkpoint.read(make(tmp_path / "c"))
+    pipeline = build_pipeline("c", str(tmp_path / "c"), checkpoint, ServingOptions(task=task))
+    stages = {stage.stage: stage for stage in pipeline.stages}
+    assert [spec.name for spec in stages["encoder"].outputs] == [sent]
+    head = stages["logits"] if "logits" in stages else stages["dense"]
+    names = [spec.name for spec in head.inputs]
+    assert names == ([sent] if sent == "last_hidden" else [sent, "length"])
+    assert head.parameters.get("reads") == (sent if sent == "last_hidden" else None)
 
 
 def test_unread_tensors_are_not_wired(path):

@@ -21,8 +21,16 @@ from backends.options import ServingOptions
 from backends.repository.pipeline import build_pipeline, heads_of
 from backends.rerank_prompt import BGE_GEMMA, MXBAI, QWEN3, rerank_prompt_of
 from tests.support import checkpoints, decoders
+from tests.support.card_rerankers import model_card, mxbai_rerank
 from tests.support.checkpoints import classifier, write_json
-from tests.support.decoders import TASK, change_config, converted, with_logit_score, with_pair_template
+from tests.support.decoders import (
+    change_config,
+    converted,
+    formatted_pairs,
+    with_logit_score,
+    with_pair_template,
+    without_chat_template,
+)
 from tests.support.oracle import ask
 from tests.support.pipeline import logits, tokenize_for_logits
 
@@ -39,35 +47,6 @@ def quiet(make, *args, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make(*args, **kwargs)
-
-
-def model_card(path, pairs, instruction=TASK, newlines=2, max_length=512):
-    """The computation on Qwen3-Reranker's model card: padded on the left, softmax of two logits."""
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
-    prefix = tokenizer.encode(
-        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
-        'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n',
-        add_special_tokens=False,
-    )
-    suffix = tokenizer.encode(
-        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>" + "\n" * newlines, add_special_tokens=False
-    )
-    bodies = [f"<Instruct>: {instruction}\n<Query>: {q}\n<Document>: {d}" for q, d in pairs]
-    inputs = tokenizer(
-        bodies,
-        padding=False,
-        truncation="longest_first",
-        return_attention_mask=False,
-        max_length=max_length - len(prefix) - len(suffix),
-    )
-    inputs["input_ids"] = [prefix + ids + suffix for ids in inputs["input_ids"]]
-    inputs = tokenizer.pad(inputs, padding=True, return_tensors="pt")
-    yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
-    with torch.inference_mode():
-        last = model(**inputs).logits[:, -1]
-        both = torch.stack([last[:, no], last[:, yes]], dim=1)
-        return torch.nn.functional.log_softmax(both, dim=1)[:, 1].exp().numpy()
 
 
 def probabilities(path, pairs, **parameters):
@@ -154,31 +133,17 @@ def cross_encoder(path, pairs, **options):
     return quiet(encoder.predict, pairs, **options)
 
 
-def formatted(pairs, instruction=TASK):
-    """As the cards of the conversions say: the prompt is written into the texts by hand."""
-    prefix, body, suffix = (
-        piece.replace("{instruction}", instruction) for piece in rerank_prompt._QWEN3_PIECES
-    )
-    before, _, rest = body.partition("<Document>: ")
-    return [
-        (prefix + before.format(query=q), "<Document>: " + rest.format(document=d) + suffix) for q, d in pairs
-    ]
-
-
 def test_the_conversion_equals_the_cross_encoder(tmp_path):
     original = decoders.qwen3_reranker(tmp_path / "o")
     path = converted(tmp_path / "c", original, ("no", "yes"))
     with_chat = logits(path, PAIRS)
-    config = json.loads((path / "tokenizer_config.json").read_text())
-    # sentence-transformers takes the template of a conversation for one of pairs, and refuses it.
-    del config["chat_template"]
-    write_json(path / "tokenizer_config.json", config)
+    path = without_chat_template(path, tmp_path / "bare")
     np.testing.assert_array_equal(logits(path, PAIRS), with_chat)
-    expected = cross_encoder(path, formatted(PAIRS))
+    expected = cross_encoder(path, formatted_pairs(PAIRS))
     np.testing.assert_allclose(logits(path, PAIRS)[:, 0], expected, atol=TOLERANCE)
     np.testing.assert_allclose(logits(path, PAIRS), logits(original, PAIRS), atol=TOLERANCE)
     other = logits(path, PAIRS, {"instruction": "Other"})[:, 0]
-    np.testing.assert_allclose(other, cross_encoder(path, formatted(PAIRS, "Other")), atol=TOLERANCE)
+    np.testing.assert_allclose(other, cross_encoder(path, formatted_pairs(PAIRS, "Other")), atol=TOLERANCE)
     assert np.abs(cross_encoder(path, PAIRS) - expected).max() > 1e-3, "else the prompt does nothing"
 
 
@@ -271,33 +236,6 @@ def test_negative_control_bge_gemma_without_its_first_token(tmp_path, monkeypatc
         rerank_prompt._OF_MODEL_TYPE, "gemma", dataclasses.replace(BGE_GEMMA, plain=BGE_GEMMA.plain[1:])
     )
     assert np.abs(logits(path, PAIRS) - expected).max() > 1e-3
-
-
-def mxbai_rerank(path, pairs, instruction=None):
-    """mxbai_rerank's own computation (mxbai_rerank_v2.py), without truncation."""
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
-
-    def ids(text):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    system, *_, suffix = MXBAI.plain
-    rows = []
-    for query, document in pairs:
-        asked = f"query: {query}" if instruction is None else f"instruction: {instruction}\nquery: {query}"
-        rows.append(
-            ids(system)
-            + ids(asked)
-            + ids("\n")
-            + ids(f"document: {document}")
-            + ids("\n")
-            + ids(rerank_prompt._MXBAI_TASK)
-            + ids(suffix)
-        )
-    inputs = tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt")
-    with torch.inference_mode():
-        last = model(**inputs).logits[:, -1]
-    return (last[:, ids("1")[0]] - last[:, ids("0")[0]]).numpy()
 
 
 @pytest.mark.parametrize("instruction", [None, "Find it"])

@@ -102,6 +102,25 @@ def test_pairs_go_into_the_prompt_of_a_reranker_and_only_there(tmp_path):
     )
 
 
+def test_an_encoder_sends_only_the_tokens_that_its_heads_read(tmp_path):
+    path = decoders.qwen3_embedding(tmp_path / "c")
+    whole = start(EncoderStage(), path, dtype="float32", heads="dense,tokens")
+    last = start(EncoderStage(), path, dtype="float32", heads="dense")
+    rows = [np.arange(5, 5 + n) for n in (4, 9, 2)]
+    requests = [encoded(None, rows[0], rows[1]), encoded(None, rows[2])]
+    hidden = [np.asarray(answer.value("hidden"))[0] for answer in whole.execute(requests)]
+    short = [np.asarray(answer.value("last_hidden"))[0] for answer in last.execute(requests)]
+    np.testing.assert_allclose(short[0], hidden[0][[3, 12]], atol=1e-6)
+    np.testing.assert_allclose(short[1], hidden[1][[1]], atol=1e-6)
+    plain = start(HeadStage(), path, dtype="float32", head="dense")
+    reading = start(HeadStage(), path, dtype="float32", head="dense", reads="last_hidden")
+    for given, states, n in zip(requests, hidden, (2, 1), strict=True):
+        (expected,) = plain.execute([Request({"hidden": states[None], "length": given.inputs["length"]})])
+        ends = [3, 12] if n == 2 else [1]
+        (got,) = reading.execute([Request({"last_hidden": states[None][:, ends]})])
+        np.testing.assert_allclose(got.value("dense"), expected.value("dense"), atol=1e-6)
+
+
 def encoded(stage, *rows):
     return Request(
         {

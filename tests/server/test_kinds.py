@@ -205,14 +205,9 @@ def test_padded_and_windowed_models_equal_sentence_transformers(serving_kinds, k
     expected = reference(SentenceTransformer, kinds / model).encode(TEXTS)
     got = embeddings(serving_kinds, "/v1/embeddings", model=model)
     np.testing.assert_allclose(got, expected, atol=TOLERANCE)
-    log = re_log(serving_kinds)
+    log = serving_kinds.server_log()
     assert ("mpnet.encoder cannot run packed" in log) is True
     assert "modernbert.encoder cannot run packed" not in log
-
-
-def re_log(serving):
-    line = next(line for line in serving.output.read_text().splitlines() if line.startswith("its log: "))
-    return Path(line.removeprefix("its log: ")).read_text(errors="replace")
 
 
 def test_modules_of_the_checkpoint_s_own_equal_sentence_transformers(serving_kinds, kinds):

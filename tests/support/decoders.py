@@ -172,3 +172,23 @@ def converted(path: Path, original: Path, words: Sequence[str], labels: Sequence
         pad_token_id=pad,
     )
     return path
+
+
+def formatted_pairs(pairs: Sequence[tuple[str, str]], instruction: str = TASK) -> list[tuple[str, str]]:
+    """As the cards of Qwen3-Reranker's conversions say: the prompt is written into the texts by hand."""
+    before = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
+        'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+        f"<Instruct>: {instruction}\n<Query>: "
+    )
+    behind = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    return [(f"{before}{query}\n", f"<Document>: {document}{behind}") for query, document in pairs]
+
+
+def without_chat_template(source: Path, path: Path) -> Path:
+    """A copy for sentence-transformers, which takes the template of a conversation for one of pairs."""
+    shutil.copytree(source, path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    write_json(path / "tokenizer_config.json", config)
+    return path

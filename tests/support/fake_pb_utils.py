@@ -59,7 +59,15 @@ class Request:
 
     inputs: dict[str, np.ndarray]
     given: dict[str, Any] = field(default_factory=dict)
-    wanted: tuple[str, ...] = ("input_ids", "length", "n_tokens", "truncated", "hidden", "dense")
+    wanted: tuple[str, ...] = (
+        "input_ids",
+        "length",
+        "n_tokens",
+        "truncated",
+        "hidden",
+        "last_hidden",
+        "dense",
+    )
 
     sent: list["InferenceResponse"] = field(default_factory=list)
 

@@ -18,8 +18,9 @@ from backends.contract import (
 )
 from backends.families import family_of
 from backends.forward import Forward, choose_forward, encode
-from backends.heads import HEADS
+from backends.heads import HEADS, only_row
 from backends.instruction import instruction_template
+from backends.last_token import token_rows
 from backends.late_interaction import late_interaction_of
 from backends.prompted_pairs import PromptedPairs
 from backends.ragged import Ragged
@@ -92,12 +93,13 @@ def logits(
     firsts = None
     if family.tells_pairs_apart(checkpoint.config):
         firsts = np.array([row.first_length for row in rows])
+    row = only_row(checkpoint, ["logits"])
+    places = None if row is None else token_rows(row, ids, checkpoint)
+    lengths = ids.lengths if places is None else np.ones(len(rows), np.int64)
     with torch.inference_mode():
-        hidden = encode(load_forward(checkpoint), ids, max_batch_tokens, torch.float32, None, firsts)
-        spec = HEADS["logits"]
-        inputs = {name: {INPUT_IDS: ids.values}[name] for name in spec.inputs(checkpoint)}
-        head = spec.load(checkpoint, CPU, torch.float32)
-        return head(Ragged(hidden, ids.lengths), inputs, {})[LOGITS].numpy()
+        hidden = encode(load_forward(checkpoint), ids, max_batch_tokens, torch.float32, None, firsts, places)
+        head = HEADS["logits"].load(checkpoint, CPU, torch.float32)
+        return head(Ragged(hidden, lengths), {}, {})[LOGITS].numpy()
 
 
 def tokenize_for_logits(

@@ -59,6 +59,12 @@ class Serving:
             found |= more
         return {pid: commands[pid] for pid in found - {self.process.pid}}
 
+    def server_log(self) -> str:
+        """What tritonserver and the stages have written so far."""
+        lines = self.output.read_text().splitlines()
+        (file,) = [line.removeprefix("its log: ") for line in lines if line.startswith("its log: ")]
+        return Path(file).read_text(errors="replace")
+
     def stop(self, timeout_s: float = 60) -> int:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
