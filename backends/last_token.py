@@ -6,10 +6,13 @@ padding, also where a text itself holds that token.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from backends.checkpoint import Checkpoint
-from backends.ragged import Lengths, Ragged
+if TYPE_CHECKING:
+    from backends.checkpoint import Checkpoint
+    from backends.ragged import Lengths, Ragged
 
 LAST = "last"
 UNPADDED = "unpadded"
