@@ -2,9 +2,9 @@
 
     .venv-test/bin/python perf/prefix.py
 
-A prompt of 150 tokens (system, instruction and query of Qwen3-Reranker take about as many) and 100 documents of
-30, through the encoder of a random Qwen3 of 8 layers of 512, in process. Rounds take turns, so that a noisy
-machine is noisy to both. Rows go to perf/results/prefix.csv.
+A prompt of 150 tokens (system, instruction and query of Qwen3-Reranker take about as many) and 100 documents
+of 30, through the encoder of a random Qwen3 of 8 layers of 512, in process. Rounds take turns, so that a
+noisy machine is noisy to both. Rows go to perf/results/prefix.csv.
 """
 
 import argparse
@@ -105,7 +105,9 @@ def write(case: str, computed: dict[bool, int], seconds: dict[bool, list[float]]
     with file.open("a", newline="") as stream:
         rows = csv.writer(stream)
         if is_new:
-            rows.writerow(["date", "commit", "case", "shared", "tokens computed", "ms", "min", "max", "rounds"])
+            rows.writerow(
+                ["date", "commit", "case", "shared", "tokens computed", "ms", "min", "max", "rounds"]
+            )
         for shares, values in seconds.items():
             low, middle, high = (round(1000 * f(values)) for f in (min, statistics.median, max))
             name = "shared" if shares else "whole"

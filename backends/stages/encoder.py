@@ -24,8 +24,8 @@ from backends.options import WIRE_DTYPES
 from backends.ragged import Lengths, Ragged
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 
-# What the activations of one pass may take on a CPU, where larger passes are no faster; a token takes about 32
-# numbers for each component of its state (measured with Qwen3 and BERT, transformers 5.23).
+# What the activations of one pass may take on a CPU, where larger passes are no faster; a token takes about
+# 32 numbers for each component of its state (measured with Qwen3 and BERT, transformers 5.23).
 _CPU_PASS_BYTES = 2**28
 _NUMBERS_PER_COMPONENT = 32
 _LEAST_CPU_TOKENS = 1024

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import openai
@@ -311,3 +312,25 @@ def test_what_is_refused(serving, path, body, text):
     status, answer = serving.post(body, path)
     assert status == 400
     assert text in json.dumps(answer)
+
+
+def test_the_shapes_of_qwen3_embedding_stay_within_two_gigabytes(tmp_path):
+    models.add(
+        tmp_path / "models",
+        str(decoders.qwen3_embedding_shapes(tmp_path / "c")),
+        "qwen3-0.6b",
+        {"dtype": "bfloat16", "task": "embed"},
+    )
+    with serve(tmp_path / "output", "--model-repository", tmp_path / "models") as running:
+        texts = [f"{i} " + "the value " * n for i, n in enumerate((3, 900, 40, 40, 200, 1))]
+        answer = post(running, "/v1/embeddings", {"input": texts, "input_type": "query"})
+        got = np.array([row["embedding"] for row in answer["data"]])
+        assert got.shape == (6, 1024)
+        np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-3)
+        assert answer["usage"]["total_tokens"] > 2000
+        np.testing.assert_array_less(1e-3, np.abs(got[1:] - got[:-1]).max(1))
+        (pid,) = [pid for pid, line in running.descendants().items() if "0.6b.encoder" in line]
+        status = Path(f"/proc/{pid}/status").read_text()
+        (peak,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
+        assert peak < 2 * 2**20, f"{peak / 2**20:.2f} GB"
+        print(f"the encoder's process took {peak / 2**20:.2f} GB at most")  # noqa: T201

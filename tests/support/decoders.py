@@ -192,3 +192,48 @@ def without_chat_template(source: Path, path: Path) -> Path:
     del config["chat_template"]
     write_json(path / "tokenizer_config.json", config)
     return path
+
+
+def qwen3_embedding_shapes(path: Path) -> Path:
+    """The shapes of Qwen3-Embedding-0.6B in bfloat16, in two shards: 1.2 GB of repeated noise."""
+    config = transformers.Qwen3Config(
+        vocab_size=151669,
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen3Model(config)
+    noise = torch.randn(2**21 + 17, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16) * 0.03
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        if weight.ndim == 1:
+            tensors[name] = torch.ones(weight.shape, dtype=torch.bfloat16)
+        else:
+            repeats = -(-weight.numel() // len(noise))
+            tensors[name] = noise.repeat(repeats)[: weight.numel()].view(weight.shape)
+    sentence_transformer(
+        path,
+        LAST_TOKEN,
+        sentence={"prompts": {"query": f"Instruct: {TASK}\nQuery:", "document": ""}},
+        transformer={"max_seq_length": 32768},
+        base=lambda p: qwen3(p, tokenizer=functools.partial(write_qwen, has_eos=True)),
+    )
+    (path / "model.safetensors").unlink()
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(path)
+    write_json(path / "1_Pooling" / "config.json", {"word_embedding_dimension": 1024, **LAST_TOKEN})
+    names = list(tensors)
+    places = {}
+    for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"model-0000{i}-of-00002.safetensors"
+        safetensors.torch.save_file({n: tensors[n] for n in part}, path / file, metadata={"format": "pt"})
+        places.update(dict.fromkeys(part, file))
+    write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+    return path
