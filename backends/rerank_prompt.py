@@ -148,7 +148,7 @@ def asks_for_a_word(checkpoint: Checkpoint) -> str | None:
         return None
     if checkpoint.model_type not in _OF_MODEL_TYPE or (checkpoint.path / "1_Pooling").is_dir():
         return None
-    if checkpoint.config.get("auto_map", {}).get("AutoModel") or _appends_a_token(checkpoint):
+    if (checkpoint.config.get("auto_map") or {}).get("AutoModel") or _appends_a_token(checkpoint):
         return None
     prompt = rerank_prompt_of(checkpoint)
     assert prompt is not None

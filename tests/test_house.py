@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -80,6 +82,20 @@ def test_arrows_point_down_only(folder, forbidden, excepted):
 def test_the_check_of_the_arrows_can_fail():
     assert offenders("gateway/", "fastapi") != []
     assert "backends.families.base" in imports(ROOT / "backends/families/bert.py")
+
+
+def test_small_processes_and_commands_stay_without_torch():
+    """Each of them would take 200 MB and two seconds more."""
+    modules = ("backends.stages.tokenizer", "backends.stages.tokens", "backends.repository.pipeline")
+    for module in (*modules, "gateway.app", "triton_embeddings.cli"):
+        code = (
+            "import sys, types; sys.modules['triton_python_backend_utils'] = types.ModuleType('x'); "
+            f"import {module}; print('torch' in sys.modules)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True
+        )
+        assert done.stdout.strip() == "False", module
 
 
 def test_families_and_endpoints_do_not_import_each_other():

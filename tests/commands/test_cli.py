@@ -8,6 +8,7 @@ import pytest
 from backends.repository.pbtxt import parse
 from backends.repository.writer import list_pipelines
 from tests.conftest import ROOT
+from tests.support import decoders
 from tests.support.checkpoints import bert, sentence_transformer, write_json
 from triton_embeddings import models
 
@@ -54,6 +55,34 @@ def test_add_list_remove(tmp_path, checkpoint):
     assert removed.stdout == "removed mine\n"
     assert list(repository.iterdir()) == []
     assert "has no models; add one with" in run("list", "--model-repository", repository).stdout
+
+
+def test_decoders_are_added_with_their_reasons_and_options(tmp_path):
+    repository = tmp_path / "models"
+    decoders.qwen3_reranker(tmp_path / "reranker")
+    decoders.gte_qwen2(tmp_path / "gte")
+
+    def add(*arguments):
+        added = run("add", *arguments, "--model-repository", repository, folder=tmp_path)
+        assert added.returncode == 0, added.stderr
+        return added
+
+    assert add("reranker", "--no-share-prefix").stdout.splitlines()[1] == (
+        "  score    it is a bare language model, so a reranker; its prompt is Qwen3-Reranker's (an embedding "
+        "model? give --task embed)"
+    )
+    gte = add("gte")
+    assert "its tokens look both ways: config.json names gte-Qwen2's code" in gte.stderr
+    assert "modeling_qwen" not in add("gte", "--name", "causal", "--causal").stderr
+    rtp = add("gte", "--name", "rtp", "--model_type", "qwen_2_embedding", "--TASK_TYPE", "DENSE_EMBEDDING")
+    assert "its tokens look both ways: --model-type qwen_2_embedding" in rtp.stderr
+    config = (repository / "reranker.encoder" / "config.pbtxt").read_text()
+    assert parse(config).parameters["share_prefix"].string_value == "false"
+    config = (repository / "causal.encoder" / "config.pbtxt").read_text()
+    assert parse(config).parameters["causal"].string_value == "true"
+    bert(tmp_path / "bert")
+    refused = run("add", "bert", "--no-causal", "--model-repository", repository, folder=tmp_path)
+    one_line_error(refused, "bert models are encoders, whose tokens look both ways; leave --causal and")
 
 
 def test_list_shows_the_default_model_from_any_folder(tmp_path):
