@@ -2,17 +2,18 @@
 
 The template is rendered once, around marks, and taken apart at them: a request then costs no rendering. What
 comes of it is compared with another rendering, and a template that does more to the texts than put them
-somewhere is refused.
+somewhere, or take the blanks off around them, is refused.
 
 *Source:* transformers 5.23 utils/chat_template_utils.py for the environment; sentence-transformers 6.2
-base/modules/transformer.py for the roles `query` and `document` and for the instruction as system message.
+base/modules/transformer.py for the roles `query` and `document`, for the instruction as system message and
+for the arguments in sentence_bert_config.json.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
@@ -20,39 +21,40 @@ import jinja2.sandbox
 
 from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError
+from backends.prompt_pieces import Part, Piece, Slot
 
 # Characters that no template holds, nor changes.
-_MARKS = {"instruction": "\ue000\ue001", "query": "\ue000\ue002", "document": "\ue000\ue003"}
-_PROBES = {"instruction": "Weigh it", "query": "what is it?", "document": "It is\na thing."}
+_MARKS = {Slot.INSTRUCTION: "\ue000\ue001", Slot.QUERY: "\ue000\ue002", Slot.DOCUMENT: "\ue000\ue003"}
+# With blanks around them that stand in no template by themselves.
+_PROBES = {
+    Slot.INSTRUCTION: "\t Weigh it {now} \t",
+    Slot.QUERY: "\t what is it?\n\t",
+    Slot.DOCUMENT: "\t\nIt is {query}\na thing. \t",
+}
+_ROLES = {Slot.INSTRUCTION: "system", Slot.QUERY: "query", Slot.DOCUMENT: "document"}
+# Arguments of apply_chat_template that are about tokens, not about the text.
+_OTHER_ARGUMENTS = ("restore_suffix", "truncation", "max_length", "padding", "tokenize", "return_tensors")
 
 
-@dataclass(frozen=True)
-class PairTemplate:
-    """Format strings with {query} and {document}, and {instruction} in the second."""
-
-    plain: str
-    instructed: str | None
-    """None where the template has no place for an instruction."""
-
-
-def read_pair_template(checkpoint: Checkpoint) -> PairTemplate | None:
-    """The checkpoint's template for pairs; None where it has none that knows the two roles.
+def read_pair_template(checkpoint: Checkpoint) -> tuple[Piece, Piece | None] | None:
+    """The checkpoint's template for pairs, without an instruction and with one (None where it has no place
+    for that); None where it has no template that knows the two roles.
 
     Raises CheckpointError for one that cannot be rendered, or that changes the texts.
     """
     source = _source(checkpoint)
-    if source is None or "document" not in source or "query" not in source:
+    if source is None or not all(re.search(f"['\"]{role}['\"]", source) for role in ("query", "document")):
         return None
     where = f"the chat template of {checkpoint.transformer_path}"
     try:
         render = _renderer(checkpoint, source)
-        plain = _take_apart(render, where, ("query", "document"))
-        instructed = _take_apart(render, where, ("instruction", "query", "document"))
-    except jinja2.TemplateError as error:
+        plain = _take_apart(render, where, (Slot.QUERY, Slot.DOCUMENT))
+        instructed = _take_apart(render, where, (Slot.INSTRUCTION, Slot.QUERY, Slot.DOCUMENT))
+    except CheckpointError:
+        raise
+    except Exception as error:  # it is anybody's code, which may fail in any way
         raise CheckpointError(f"{where} cannot be rendered with a query and a document: {error}") from error
-    if plain is None:
-        raise CheckpointError(f"{where} leaves the query or the document out")
-    return PairTemplate(plain, instructed)
+    return None if plain is None else (plain, instructed)
 
 
 def _source(checkpoint: Checkpoint) -> str | None:
@@ -67,8 +69,8 @@ def _source(checkpoint: Checkpoint) -> str | None:
     return declared if isinstance(declared, str) else None
 
 
-Renderer = Callable[[dict[str, str]], str]
-"""Texts by role -> the prompt."""
+Renderer = Callable[[Mapping[Slot, str]], str]
+"""Texts by slot -> the prompt."""
 
 
 def _renderer(checkpoint: Checkpoint, source: str) -> Renderer:
@@ -84,19 +86,21 @@ def _renderer(checkpoint: Checkpoint, source: str) -> Renderer:
         for name, value in checkpoint.tokenizer_config.items()
         if name.endswith("_token") and isinstance(value, (str, dict))
     }
-    roles = {"instruction": "system", "query": "query", "document": "document"}
+    declared = (checkpoint.transformer_config.get("processing_kwargs") or {}).get("chat_template") or {}
+    arguments = {name: value for name, value in declared.items() if name not in _OTHER_ARGUMENTS}
 
-    def render(texts: dict[str, str]) -> str:
+    def render(texts: Mapping[Slot, str]) -> str:
         messages: list[dict[str, Any]] = [
-            {"role": roles[name], "content": text} for name, text in texts.items()
+            {"role": _ROLES[slot], "content": text} for slot, text in texts.items()
         ]
-        rendered = template.render(messages=messages, add_generation_prompt=False, **special)
-        if all(text in rendered for name, text in texts.items() if name != "instruction"):
+        given = {"add_generation_prompt": False, **special, **arguments}
+        rendered = template.render(messages=messages, **given)
+        if all(texts[slot].strip() in rendered for slot in (Slot.QUERY, Slot.DOCUMENT)):
             return rendered
         # Some templates want the content in parts.
         for message in messages:
             message["content"] = [{"type": "text", "text": message["content"]}]
-        return template.render(messages=messages, add_generation_prompt=False, **special)
+        return template.render(messages=messages, **given)
 
     return render
 
@@ -105,16 +109,21 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _take_apart(render: Renderer, where: str, names: tuple[str, ...]) -> str | None:
-    """The rendering as a format string; None where one of the texts is not in it."""
-    marks = {name: _MARKS[name] for name in names}
-    rendered = render(marks)
-    if any(mark not in rendered for mark in marks.values()):
+def _take_apart(render: Renderer, where: str, slots: tuple[Slot, ...]) -> Piece | None:
+    """The rendering with slots; None where one of the texts is not in it."""
+    rendered = render({slot: _MARKS[slot] for slot in slots})
+    if any(_MARKS[slot] not in rendered for slot in slots):
         return None
-    made = rendered.replace("{", "{{").replace("}", "}}")
-    for name, mark in marks.items():
-        made = made.replace(mark, f"{{{name}}}")
-    probes = {name: _PROBES[name] for name in names}
-    if made.format(**probes) != render(probes):
-        raise CheckpointError(f"{where} changes the texts of a pair, which is not served")
-    return made
+    by_mark = {_MARKS[slot]: slot for slot in slots}
+    parts: list[Part] = [
+        by_mark.get(part, part) for part in re.split(f"({'|'.join(map(re.escape, by_mark))})", rendered)
+    ]
+    probes = {slot: _PROBES[slot] for slot in slots}
+    expected = render(probes)
+    piece = Piece(tuple(part for part in parts if part != ""))
+    stripped = frozenset(slot for slot in slots if _PROBES[slot] not in expected)
+    for strips in (frozenset(), stripped, frozenset(slots)):
+        tried = Piece(piece.parts, strips)
+        if tried.fill(probes) == expected:
+            return tried
+    raise CheckpointError(f"{where} changes the texts of a pair, which is not served")

@@ -85,6 +85,8 @@ class Checkpoint:
     """sentence_bert_config.json, or the same under one of its other names."""
     tokenizer_config: Mapping[str, Any]
     """tokenizer_config.json."""
+    rerank_prompt: str | None
+    """What a person says of the prompt around a reranker's pairs, where the checkpoint does not tell."""
     lowercases: bool
     """Whether sentence-transformers lower-cases texts before the tokenizer's own normaliser does its work."""
 
@@ -140,26 +142,32 @@ class Checkpoint:
         )
         return tuple(sorted(int(size) for size in declared or ()))
 
+    @property
+    def label_names(self) -> list[str]:
+        """config.json's names of labels, in their order."""
+        named = self.config.get("id2label") or {}
+        return list(map(str, named.values() if isinstance(named, dict) else named))
+
     def side_file(self, stem: str) -> Path | None:
         """A file of weights beside the model's own, such as colbert_linear.pt; None when it is not there."""
         files = (self.path / f"{stem}{suffix}" for suffix in (".safetensors", ".pt"))
         return next((file for file in files if file.is_file()), None)
 
     @classmethod
-    def read(cls, path: Path, max_length: int | None = None) -> Checkpoint:
+    def read(cls, path: Path, max_length: int | None = None, rerank_prompt: str | None = None) -> Checkpoint:
         """Reads the small files only. Raises CheckpointError, which names the file and what is wrong with it.
 
         `max_length` lowers the checkpoint's own limit; it cannot raise it over what the positions allow.
         """
         try:
-            return cls._read(path, max_length)
+            return cls._read(path, max_length, rerank_prompt)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"the configuration files in {path} are not in the published layout: {error!r}"
             ) from error
 
     @classmethod
-    def _read(cls, path: Path, max_length: int | None) -> Checkpoint:
+    def _read(cls, path: Path, max_length: int | None, rerank_prompt: str | None) -> Checkpoint:
         declared = _declared_modules(path)
         transformer_path = path / declared[0][1] if declared else path
         config = read_json(transformer_path / "config.json", required=True)
@@ -198,6 +206,7 @@ class Checkpoint:
             sentence_config=sentence,
             transformer_config=transformer,
             tokenizer_config=read_json(transformer_path / "tokenizer_config.json"),
+            rerank_prompt=rerank_prompt,
             lowercases=bool(transformer.get("do_lower_case")),
         )
         # Read here, so that a value of another kind is told with the rest.

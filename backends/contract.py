@@ -161,6 +161,8 @@ class PipelineParameter(StrEnum):
     MAX_BATCH_TOKENS = "max_batch_tokens"
     ROLES = "roles"
     """"true" where queries and documents are encoded differently."""
+    INSTRUCTIONS = "instructions"
+    """"true" where the model takes an instruction."""
     ROLE_PROMPTS = "role_prompts"
     """"true" where the checkpoint has prompts of its own for queries or documents."""
     POOLING = "pooling"

@@ -15,6 +15,7 @@ WIRE_DTYPES = {"auto": "FP32", "float32": "FP32", "bfloat16": "BF16", "float16":
 """The data type in which hidden states travel to the heads, by the option dtype. What `auto` computes in
 depends on the machine, but an entry must mean the same on every machine, so it travels in the widest one."""
 
+RERANK_PROMPTS = ("none", "qwen3", "bge-gemma", "mxbai", "chat-template")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -49,6 +50,9 @@ class ServingOptions:
     """The architecture, where config.json does not name it."""
     causal: bool | None = None
     """Of a decoder, whether its tokens look only at those before them; None is what the checkpoint says."""
+    rerank_prompt: str | None = None
+    """What stands around the pairs of a reranker made of a language model: none, qwen3, bge-gemma, mxbai or
+    chat-template; None is what the checkpoint tells."""
     share_prefix: bool = True
     """Of a causal decoder, whether what several texts of a batch begin with is computed once."""
     trust_remote_code: bool = False
@@ -61,6 +65,10 @@ class ServingOptions:
             raise OptionError(f"device is {self.device!r}; it takes auto, cpu, cuda or cuda:N")
         if self.truncation not in TRUNCATIONS:
             raise OptionError(f"truncation is {self.truncation!r}; it takes one of {', '.join(TRUNCATIONS)}")
+        if self.rerank_prompt not in (None, *RERANK_PROMPTS):
+            raise OptionError(
+                f"rerank_prompt is {self.rerank_prompt!r}; it takes one of {', '.join(RERANK_PROMPTS)}"
+            )
         for name in ("max_batch_tokens", "max_batch_size", "max_length", "threads", "instances"):
             value = getattr(self, name)
             if value is not None and value < 1:

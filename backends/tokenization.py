@@ -195,7 +195,7 @@ class TextTokenizer:
         is_too_long = len(prompt) > room * MAX_CHARS_PER_TOKEN
         if is_too_long or (prompt and len(self._prompt_ids(prompt)) >= room):
             raise RequestError(
-                ErrorCode.INVALID_PROMPT,
+                ErrorCode.INVALID_INSTRUCTION if settings.instruction else ErrorCode.INVALID_PROMPT,
                 f"the prompt of {len(prompt)} characters leaves no room for a text: this model takes "
                 f"{self.limit(settings.role)} tokens in all",
             )

@@ -82,6 +82,13 @@ def token_ids_of(checkpoint: Checkpoint, words: Sequence[str]) -> list[int]:
     return sorted({token for token in found if token is not None})
 
 
+def word_text(checkpoint: Checkpoint, word: str | int) -> str:
+    """The text of a token that is given by its text or by its id."""
+    if isinstance(word, str):
+        return word
+    return load_tokenizer(checkpoint).decode([word], skip_special_tokens=False).strip() or str(word)
+
+
 # Where tokenizer_config.json does not name a special token, the tokenizer's class in transformers does.
 _CLASS_DEFAULTS = {
     "cls_token": ("[CLS]", "<s>"),

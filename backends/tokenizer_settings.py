@@ -63,6 +63,9 @@ class TokenizerSettings:
         if instruction is not None and template is not None:
             prompt = _instruct(parameters, role, instruction, template)
         else:
+            if template is not None:
+                # Of a model with instructions but without prompts of its own queries and documents go bare.
+                named = {"query": "", "document": "", **named}
             prompt = _prompt(parameters, named, of_role, checkpoint.default_prompt_name)
         caps = [_read_cap(parameters, name) for name in _CAPS]
         return cls(prompt, instruction, wanted, text_format == "ids", role, *caps)

@@ -87,6 +87,8 @@ class Pipeline:
     dtype: str = "auto"
     truncation: str = "error"
     """What happens to a text over the limit when the request does not say."""
+    takes_instructions: bool = False
+    """Whether it was made for instructions."""
     has_role_prompts: bool = False
     """Whether the checkpoint has prompts of its own for queries or documents."""
     matryoshka_dimensions: tuple[int, ...] = ()
@@ -271,6 +273,7 @@ def _pipeline(config: Any) -> Pipeline:
         pooling=parameters.get(PipelineParameter.POOLING, ""),
         dtype=parameters.get(PipelineParameter.DTYPE, "auto"),
         truncation=parameters.get(PipelineParameter.TRUNCATION, "error"),
+        takes_instructions=parameters.get(PipelineParameter.INSTRUCTIONS) == "true",
         has_role_prompts=parameters.get(PipelineParameter.ROLE_PROMPTS) == "true",
         matryoshka_dimensions=tuple(
             map(int, filter(None, parameters.get(PipelineParameter.MATRYOSHKA_DIMENSIONS, "").split(",")))

@@ -219,11 +219,14 @@ def read_limit(truncate_prompt_tokens: int | None) -> int | None:
     return truncate_prompt_tokens if truncate_prompt_tokens and truncate_prompt_tokens > 0 else None
 
 
-def read_instruction(instruction: str | None, instruct: str | None) -> str | None:
-    """What a request says under either name; an empty one is none. Raises BadRequest where they differ."""
+def read_instruction(instruction: str | None, instruct: str | None, pipeline: Pipeline) -> str | None:
+    """What a request says under either name; an empty one is none. Raises BadRequest where they differ.
+
+    `instruct` is SGLang's and RTP-LLM's, whose models without instructions do not look at it.
+    """
     if instruction and instruct and instruction != instruct:
         raise BadRequest("instruction and instruct are two names of one thing; give one", param="instruct")
-    return instruction or instruct or None
+    return instruction or (instruct if pipeline.takes_instructions else None) or None
 
 
 def _kind(value: Any) -> str:

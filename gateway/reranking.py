@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from gateway.answers import truncated_header
 from gateway.errors import BadRequest
+from gateway.inference import Pipeline
 from gateway.inputs import MAX_INT, SIDES, read_instruction, read_limit, read_text, read_texts
 from gateway.kinds import read_weights
 from gateway.scoring import Scorer
@@ -103,7 +104,7 @@ async def rerank(
         pipeline,
         query,
         documents,
-        _options(body),
+        _options(body, pipeline),
         _activation(body, "identity" if prefers_logits and not pipeline.score_is_probability else None),
         weights,
         ("query", field),
@@ -129,13 +130,13 @@ def _activation(body: RerankRequest, default: str | None) -> str | None:
     return default
 
 
-def _options(body: RerankRequest) -> TextOptions:
+def _options(body: RerankRequest, pipeline: Pipeline) -> TextOptions:
     """Rerankers cut what is over the limit, as everybody's do, unless they are told not to."""
     asked = body.truncation if body.truncation is not None else body.truncate
     side = body.truncation_side or body.truncation_direction
     truncation = "document" if body.truncate_only_documents else SIDES[side or "right"]
     return TextOptions(
-        instruction=read_instruction(body.instruction, body.instruct),
+        instruction=read_instruction(body.instruction, body.instruct, pipeline),
         truncation="error" if asked is False else truncation,
         max_tokens=read_limit(body.truncate_prompt_tokens),
         max_query_tokens=body.max_tokens_per_query,

@@ -61,8 +61,10 @@ class Family:
     """What RTP-LLM calls it."""
     is_decoder: bool = False
     """Whether it was made to write text: causal, unless a checkpoint or a person says otherwise."""
-    own_causality: Callable[[Mapping[str, Any], str | None], Causality | None] = lambda config, name: None
-    """What config.json and the option model_type say of it besides an is_causal."""
+    bidirectional_names: tuple[str, ...] = ()
+    """Those of other_names that say that its tokens look both ways."""
+    own_causality: Callable[[Mapping[str, Any]], Causality | None] = lambda config: None
+    """What config.json says of it besides an is_causal."""
     instruction: str | None = None
     """What stands before a query that has an instruction, where the checkpoint's own prompts do not
     show it.
@@ -121,12 +123,12 @@ class Family:
             return None
         if wanted is not None:
             return Causality(wanted, "--causal" if wanted else "--no-causal")
-        own = self.own_causality(config, model_type)
+        if model_type in self.bidirectional_names:
+            return Causality(False, f"--model-type {model_type}")
         declared = config.get("is_causal")
-        # What a person says of the model by its name counts for more than its config.json.
-        if isinstance(declared, bool) and (own is None or model_type is None):
+        if isinstance(declared, bool):
             return Causality(declared, f"config.json says is_causal {str(declared).lower()}")
-        return own or Causality(True, f"{self.name} models are")
+        return self.own_causality(config) or Causality(True, f"{self.name} models are")
 
     def load(
         self,
@@ -183,9 +185,12 @@ class Family:
         import transformers
 
         if causality is not None:
-            config = transformers.AutoConfig.from_pretrained(
-                checkpoint.transformer_path, local_files_only=True, trust_remote_code=False
-            )
+            if checkpoint.model_type:
+                config = transformers.AutoConfig.from_pretrained(
+                    checkpoint.transformer_path, local_files_only=True, trust_remote_code=False
+                )
+            else:
+                config = transformers.AutoConfig.for_model(self.model_types[0], **checkpoint.config)
             # Read by transformers' classes (5.2 and later), and handed on to the attention function.
             config.is_causal = causality.is_causal
             return config

@@ -25,9 +25,7 @@ def is_gte(config: Mapping[str, Any]) -> bool:
     return str(auto_map.get("AutoModel", "")).endswith("modeling_qwen.Qwen2Model")
 
 
-def _own_causality(config: Mapping[str, Any], model_type: str | None) -> Causality | None:
-    if model_type == _BIDIRECTIONAL_NAME:
-        return Causality(False, f"--model-type {_BIDIRECTIONAL_NAME}")
+def _own_causality(config: Mapping[str, Any]) -> Causality | None:
     if not is_gte(config):
         return None
     reason = "config.json names gte-Qwen2's code, modeling_qwen.Qwen2Model"
@@ -40,6 +38,7 @@ FAMILY = Family(
     name="qwen2",
     model_types=("qwen2",),
     other_names=("qwen_2", _BIDIRECTIONAL_NAME),
+    bidirectional_names=(_BIDIRECTIONAL_NAME,),
     is_decoder=True,
     own_causality=_own_causality,
     forward_arguments={"use_cache": False},

@@ -19,6 +19,7 @@ from backends.errors import CheckpointError
 from backends.heads.base import HeadSpec
 from backends.last_token import LAST, UNPADDED
 from backends.rerank_prompt import asks_for_a_word, has_both_words, is_language_model, rerank_prompt_of
+from backends.tokenizer_file import word_text
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ def labels(checkpoint: Checkpoint) -> list[str]:
     """The names of the labels, in the order of the logits."""
     prompt = rerank_prompt_of(checkpoint)
     if prompt is not None and (is_language_model(checkpoint) or has_both_words(checkpoint, prompt)):
-        return [str(prompt.true)]
+        return [word_text(checkpoint, prompt.true)]
     named = checkpoint.config.get("id2label") or {}
     if isinstance(named, list):
         named = {str(i): name for i, name in enumerate(named)}
@@ -133,6 +134,8 @@ def _reason(checkpoint: Checkpoint) -> str | None:
     count = len(labels(checkpoint))
     what = "one label: a reranker" if count == 1 else f"{count} labels: a classifier"
     prompt = rerank_prompt_of(checkpoint)
+    if prompt is not None and has_both_words(checkpoint, prompt):
+        what = "two labels that are a reranker's answers"
     asked = "" if prompt is None else f"; its prompt is {prompt.name}"
     return f"config.json says {checkpoint.architecture}, with {what}{asked}"
 

@@ -29,8 +29,10 @@ from backends.contract import (
 from backends.errors import CheckpointError, OptionError
 from backends.families import family_of
 from backends.families.base import Causality, Family
-from backends.heads import HEADS, encoder_inputs, late_interaction, only_row
+from backends.heads import HEADS, encoder_inputs, late_interaction, only_row, takes_pairs
+from backends.instruction import instruction_template
 from backends.options import WIRE_DTYPES, ServingOptions
+from backends.rerank_prompt import rerank_prompt_of
 from backends.trust import check_trust
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -172,9 +174,18 @@ def _describe(
     }
     if any(checkpoint.role_prompts.values()):
         described[PipelineParameter.ROLE_PROMPTS] = "true"
+    if _takes_instructions(checkpoint, family, heads):
+        described[PipelineParameter.INSTRUCTIONS] = "true"
     for head in heads:
         described.update(HEADS[head].facts(checkpoint))
     return described
+
+
+def _takes_instructions(checkpoint: Checkpoint, family: Family, heads: tuple[str, ...]) -> bool:
+    if takes_pairs(heads):
+        prompt = rerank_prompt_of(checkpoint)
+        return prompt is not None and prompt.takes_instruction
+    return instruction_template(checkpoint, family.instruction) is not None
 
 
 def _tokenizer(reference: str, options: ServingOptions, heads: tuple[str, ...]) -> StageSpec:

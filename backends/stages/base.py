@@ -113,7 +113,9 @@ class Stage(ABC):
         }
         try:
             options = ServingOptions.from_parameters(parameters)
-            checkpoint = Checkpoint.read(resolve(parameters[CHECKPOINT]), options.max_length)
+            checkpoint = Checkpoint.read(
+                resolve(parameters[CHECKPOINT]), options.max_length, options.rerank_prompt
+            )
             is_gpu = args["model_instance_kind"] == "GPU"
             device = f"cuda:{args['model_instance_device_id']}" if is_gpu else "cpu"
             self.setup(StageContext(args["model_name"], checkpoint, options, parameters, device))

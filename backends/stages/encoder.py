@@ -65,7 +65,6 @@ class EncoderStage(Stage):
             self.max_batch_tokens = min(self.max_batch_tokens, most)
         self.wire_dtype = TORCH_DTYPES[WIRE_DTYPES[options.dtype]]
         is_causal = causality is not None and causality.is_causal
-        is_causal = causality is not None and causality.is_causal
         self.forward = choose_forward(
             load,
             family,

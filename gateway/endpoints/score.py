@@ -111,7 +111,7 @@ async def score(request: Request) -> Response:
     elif body.truncate or body.truncation_side or body.truncate_prompt_tokens is not None:
         truncation = body.truncation_side or "right"
     options = TextOptions(
-        instruction=read_instruction(body.instruction, body.instruct),
+        instruction=read_instruction(body.instruction, body.instruct, pipeline),
         truncation=truncation,
         max_query_tokens=body.max_tokens_per_query,
         max_document_tokens=body.max_tokens_per_doc,

@@ -75,6 +75,13 @@ Causal = Annotated[
         help="Whether a decoder's tokens look only at those before them. Default: as the checkpoint says.",
     ),
 ]
+RerankPrompt = Annotated[
+    str | None,
+    typer.Option(
+        help="What stands around the pairs of a reranker made of a language model: none, qwen3, bge-gemma, "
+        "mxbai or chat-template. Default: as the checkpoint says."
+    ),
+]
 SharePrefix = Annotated[
     bool | None,
     typer.Option(
@@ -128,6 +135,7 @@ def add(
     task: Task = None,
     model_type: ModelType = None,
     causal: Causal = None,
+    rerank_prompt: RerankPrompt = None,
     share_prefix: SharePrefix = None,
     trust_remote_code: TrustRemoteCode = None,
     max_context_batch_size: MaxContextBatchSize = None,
@@ -223,6 +231,7 @@ def serve(
     task: Task = None,
     model_type: ModelType = None,
     causal: Causal = None,
+    rerank_prompt: RerankPrompt = None,
     share_prefix: SharePrefix = None,
     trust_remote_code: TrustRemoteCode = None,
     max_context_batch_size: MaxContextBatchSize = None,

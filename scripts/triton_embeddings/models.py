@@ -38,7 +38,7 @@ def plan(
 
     `max_context_batch_size` is RTP-LLM's way to say max_batch_tokens: so many texts of the greatest length.
     """
-    checkpoint = Checkpoint.read(resolve(reference), options.max_length)
+    checkpoint = Checkpoint.read(resolve(reference), options.max_length, options.rerank_prompt)
     if max_context_batch_size is not None:
         tokens = max_context_batch_size * checkpoint.max_length
         options = dataclasses.replace(options, max_batch_tokens=tokens)

@@ -178,6 +178,13 @@ def test_both_ways_of_every_decoder(tmp_path, family, is_causal):
         ({}, None, "qwen_2_embedding", False, "--model-type qwen_2_embedding"),
         ({"is_causal": True}, None, "qwen_2_embedding", False, "--model-type qwen_2_embedding"),
         ({}, True, "qwen_2_embedding", True, "--causal"),
+        (
+            {"auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}, "is_causal": True},
+            None,
+            "qwen2",
+            True,
+            "config.json says is_causal true",
+        ),
         ({}, None, "qwen_2", True, "qwen2 models are"),
     ],
 )
@@ -212,6 +219,36 @@ def test_rtp_llm_s_names(tmp_path):
     assert family_of(checkpoint, "qwen_2").name == "qwen2"
     with pytest.raises(CheckpointError, match="--model-type is 'qwen_3', but"):
         family_of(checkpoint, "qwen_3")
+
+
+@pytest.mark.parametrize("name", ["query", "document"])
+def test_names_of_prompts_without_prompts(tmp_path, name):
+    path = decoders.e5_mistral(tmp_path / "c")
+    write_json(path / "config_sentence_transformers.json", {})
+    assert settings_of(path, prompt_name=name).prompt == ""
+    assert settings_of(path, instruction="a").prompt == "Instruct: a\nQuery: "
+    with pytest.raises(RequestError, match="prompt_name is 'other', which this model does not have"):
+        settings_of(path, prompt_name="other")
+
+
+def test_a_config_without_model_type_takes_the_given_one(tmp_path):
+    path = decoders.e5_mistral(tmp_path / "c")
+    expected = embed(path, TEXTS)
+    decoders.change_config(path, model_type=None)
+    checkpoint = Checkpoint.read(path)
+    family = family_of(checkpoint, "mistral")
+    model = family.load(checkpoint, None, torch.float32, torch.device("cpu"))
+    assert model.config.sliding_window == 6
+    assert model.config.is_causal
+    assert expected.shape == (3, 32)
+
+
+def test_an_instruction_that_fills_the_model_is_named_as_such(tmp_path):
+    path = decoders.e5_mistral(tmp_path / "c")
+    tokenizer = TextTokenizer(Checkpoint.read(path), 64)
+    with pytest.raises(RequestError) as refused:
+        tokenizer.encode([b"a"], settings_of(path, instruction="a " * 200))
+    assert refused.value.failure.code is ErrorCode.INVALID_INSTRUCTION
 
 
 def test_the_parameter_of_the_option_comes_back():

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from sentence_transformers import CrossEncoder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -14,16 +15,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from backends import rerank_prompt
 from backends.checkpoint import Checkpoint
 from backends.contract import ErrorCode
-from backends.errors import CheckpointError, RequestError
+from backends.errors import CheckpointError, OptionError, RequestError
 from backends.families import FAMILIES
 from backends.heads.logits import label_activation, labels, score_activation
 from backends.options import ServingOptions
+from backends.prompt_pieces import Piece, Slot
 from backends.repository.pipeline import build_pipeline, heads_of
 from backends.rerank_prompt import BGE_GEMMA, MXBAI, QWEN3, rerank_prompt_of
 from tests.support import checkpoints, decoders
 from tests.support.card_rerankers import model_card, mxbai_rerank
 from tests.support.checkpoints import classifier, write_json
 from tests.support.decoders import (
+    PAIR_CHAT,
     change_config,
     converted,
     formatted_pairs,
@@ -90,9 +93,14 @@ def test_qwen3_reranker_cuts_as_the_model_card(tmp_path):
 def test_negative_control_a_prompt_that_is_nearly_right(tmp_path, monkeypatch, change):
     path = decoders.qwen3_reranker(tmp_path / "c")
     expected = model_card(path, PAIRS)
-    changed = dataclasses.replace(QWEN3, plain=tuple(map(change, QWEN3.plain)))
+
+    def changed_part(part):
+        return change(part) if isinstance(part, str) else part
+
+    pieces = [Piece(tuple(map(changed_part, piece.parts))) for piece in QWEN3.pieces]
+    changed = dataclasses.replace(QWEN3, pieces=tuple(pieces))
     assert changed != QWEN3
-    monkeypatch.setitem(rerank_prompt._OF_MODEL_TYPE, "qwen3", changed)
+    monkeypatch.setitem(rerank_prompt.PROMPTS, "qwen3", changed)
     assert np.abs(probabilities(path, PAIRS) - expected).max() > 1e-3
 
 
@@ -188,7 +196,7 @@ def test_logit_score_equals_the_cross_encoder(tmp_path, false):
     with_pair_template(with_logit_score(path, true, no if false else None))
     checkpoint = Checkpoint.read(path)
     assert list(heads_of(checkpoint, ServingOptions())) == ["logits"]
-    assert labels(checkpoint) == ["300"]
+    assert labels(checkpoint) == [AutoTokenizer.from_pretrained(path).decode([true]).strip()]
     np.testing.assert_allclose(logits(path, PAIRS)[:, 0], cross_encoder(path, PAIRS), atol=TOLERANCE)
     long = [("the value", "a class of " * 400)]
     np.testing.assert_allclose(logits(path, long)[:, 0], cross_encoder(path, long), atol=TOLERANCE)
@@ -221,7 +229,7 @@ def test_bge_gemma_cuts_as_flag_llm_reranker(tmp_path):
     query, document = "what is the value", "a class of it " * 40
     expected = ask("flag_llm_reranker", path=str(path), pairs=[(query, document)], max_length=64)
     # There a document has 64 tokens, and the rest comes on top of that.
-    rest = ("<bos>", f"A: {query}", "\n", "\n", BGE_GEMMA.plain[-1])
+    rest = ("<bos>", f"A: {query}", "\n", "\n", BGE_GEMMA.default)
     size = 64 + sum(len(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in rest)
     got = logits(path, [(query, document)], {"max_tokens": size})[:, 0]
     np.testing.assert_allclose(got, expected, atol=TOLERANCE)
@@ -232,9 +240,8 @@ def test_bge_gemma_cuts_as_flag_llm_reranker(tmp_path):
 def test_negative_control_bge_gemma_without_its_first_token(tmp_path, monkeypatch):
     path = decoders.bge_gemma(tmp_path / "c")
     expected = logits(path, PAIRS)
-    monkeypatch.setitem(
-        rerank_prompt._OF_MODEL_TYPE, "gemma", dataclasses.replace(BGE_GEMMA, plain=BGE_GEMMA.plain[1:])
-    )
+    changed = dataclasses.replace(BGE_GEMMA, pieces=BGE_GEMMA.pieces[1:])
+    monkeypatch.setitem(rerank_prompt.PROMPTS, "bge-gemma", changed)
     assert np.abs(logits(path, PAIRS) - expected).max() > 1e-3
 
 
@@ -346,19 +353,72 @@ def test_a_language_model_that_nothing_is_known_of(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "name", "labels", "is_prompted"),
     [
-        ("qwen3", "c", ("LABEL_0",), True),
+        ("qwen3", "c", ("LABEL_0",), False),
+        ("qwen3", "Qwen3-Reranker-8B-seq-cls", ("LABEL_0",), True),
         ("qwen3", "c", ("no", "yes"), True),
         ("qwen3", "c", ("good", "bad"), False),
         ("qwen2", "c", ("LABEL_0",), False),
+        ("qwen2", "c", ("0", "1"), False),
         ("qwen2", "mxbai-rerank-base-v2-seq", ("LABEL_0",), True),
+        ("qwen2", "mxbai-rerank-base-v2-seq", ("0", "1"), True),
         ("gemma", "bge-reranker-v2-gemma-seq-cls", ("LABEL_0",), True),
         ("gemma", "c", ("LABEL_0",), False),
         ("llama", "reranker", ("LABEL_0",), False),
     ],
 )
 def test_which_classifiers_are_conversions(tmp_path, kind, name, labels, is_prompted):
-    path = classifier(tmp_path / name, checkpoints.FAMILIES[kind], len(labels), labels)
+    # A folder of rerankers is no name of a model, but a hub's is.
+    path = classifier(tmp_path / "rerankers" / name, checkpoints.FAMILIES[kind], len(labels), labels)
     assert (rerank_prompt_of(Checkpoint.read(path)) is not None) == is_prompted
+    hub = tmp_path / f"models--org--{name}" / "snapshots" / "5f1c"
+    hub.parent.mkdir(parents=True)
+    path.rename(hub)
+    assert (rerank_prompt_of(Checkpoint.read(hub)) is not None) == is_prompted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("make", "words", "labels"),
+    [
+        (decoders.qwen3_reranker, ("no", "yes"), ("LABEL_0",)),
+        (decoders.mxbai_v2, ("0", "1"), ("LABEL_0",)),
+        (decoders.mxbai_v2, ("0", "1"), ("0", "1")),
+        (decoders.mxbai_v2, ("1", "0"), ("0", "1")),
+    ],
+)
+def test_a_conversion_is_known_by_its_weights(tmp_path, make, words, labels, dtype):
+    original = (
+        make(tmp_path / "o", tie_word_embeddings=True) if make is decoders.mxbai_v2 else make(tmp_path / "o")
+    )
+    path = converted(tmp_path / "c", original, words, labels)
+    file = path / "model.safetensors"
+    tensors = {name: value.to(dtype) for name, value in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    found = rerank_prompt_of(Checkpoint.read(path))
+    assert (found is not None) == (words != ("1", "0"))
+    # A head that was trained for something else, of the same layout.
+    tensors["score.weight"] = tensors["score.weight"].flip(1)
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    assert rerank_prompt_of(Checkpoint.read(path)) is None
+
+
+def test_a_person_says_what_the_prompt_is(tmp_path):
+    plain = classifier(tmp_path / "c", checkpoints.qwen3)
+    assert rerank_prompt_of(Checkpoint.read(plain, rerank_prompt="qwen3")) == QWEN3
+    original = decoders.qwen3_reranker(tmp_path / "Qwen3-Reranker-0.6B")
+    assert rerank_prompt_of(Checkpoint.read(original, rerank_prompt="mxbai")) == MXBAI
+    bare = converted(tmp_path / "reranker", original, ("no", "yes"))
+    assert rerank_prompt_of(Checkpoint.read(bare, rerank_prompt="none")) is None
+    with pytest.raises(CheckpointError, match="no chat template that knows the roles"):
+        rerank_prompt_of(Checkpoint.read(bare, rerank_prompt="chat-template"))
+    with_pair_template(bare)
+    named = rerank_prompt_of(Checkpoint.read(bare, rerank_prompt="chat-template"))
+    assert named.name == "its chat template's"
+    llama = checkpoints.llama(tmp_path / "llama", "ForCausalLM")
+    checkpoint = Checkpoint.read(llama, rerank_prompt="qwen3")
+    assert heads_of(checkpoint, ServingOptions()) == {"logits": "--rerank-prompt qwen3"}
+    with pytest.raises(OptionError, match="rerank_prompt is 'x'; it takes one of none, qwen3"):
+        ServingOptions(rerank_prompt="x")
 
 
 def tokens(path, pairs, **parameters):
@@ -384,6 +444,30 @@ def test_caps_and_the_other_side(tmp_path):
     assert "the end" not in tokenizer.decode(right.ids)
     (limited,) = tokens(path, [(query, document * 5)], max_tokens=len(whole.ids))
     assert (len(limited.ids), limited.is_truncated) == (len(whole.ids), True)
+
+
+@pytest.mark.parametrize("truncation", ["right", "document", "left"])
+@pytest.mark.parametrize("make", [decoders.qwen3_reranker, decoders.bge_gemma, decoders.mxbai_v2])
+def test_documents_behind_a_long_query_still_differ(tmp_path, make, truncation):
+    path = make(tmp_path / "c")
+    pairs = [("why is it " * 400, "the panda"), ("why is it " * 400, "a class")]
+    first, second = tokens(path, pairs, truncation=truncation)
+    assert first.ids.tolist() != second.ids.tolist()
+    assert max(len(first.ids), len(second.ids)) <= 512
+
+
+@pytest.mark.parametrize("instruction", ["fill {document} now", "Answer {Yes} or {{No}}.", "{query}{", "{0}"])
+@pytest.mark.parametrize("make", [decoders.qwen3_reranker, decoders.bge_gemma, decoders.mxbai_v2])
+def test_braces_are_texts_like_others(tmp_path, make, instruction):
+    path = make(tmp_path / "c")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    pairs = [("{document}", "{query} {instruction}"), ("{document}", "x " * 900)]
+    for row in tokens(path, pairs, instruction=instruction):
+        text = tokenizer.decode(row.ids)
+        assert instruction in text
+        assert "{document}" in text
+        assert len(row.ids) <= 512
+    assert "{query} {instruction}" in tokenizer.decode(tokens(path, pairs, instruction=instruction)[0].ids)
 
 
 def test_a_long_query_leaves_room_for_a_document(tmp_path):
@@ -420,7 +504,7 @@ def test_what_is_refused(tmp_path, parameters, code, text):
 
 
 def test_a_template_without_a_place_for_an_instruction(tmp_path):
-    template = "{{ messages[0].content }} query / document {{ messages[1].content }}"
+    template = "{# 'query' 'document' #}{{ messages[0].content }} / {{ messages[1].content }}"
     path = with_pair_template(decoders.qwen3_reranker(tmp_path / "c"), template)
     with pytest.raises(RequestError, match="has no place for an instruction"):
         tokens(path, [("a", "b")], instruction="c")
@@ -429,20 +513,68 @@ def test_a_template_without_a_place_for_an_instruction(tmp_path):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages[0].content | upper }} query document {{ messages[1].content }}", "changes the texts"),
-        ("query {{ messages[0].content }} document", "leaves the query or the document out"),
-        ("query document {{ raise_exception('no') }}", "cannot be rendered with a query and a document: no"),
-        ("query document {{", "cannot be rendered"),
-        ("query document {{ ''.__class__.__mro__ }}", "cannot be rendered"),
+        ("{{ messages[0].content | upper }} {{ messages[1].content }}", "changes the texts"),
+        ("{{ raise_exception('no') }}", "cannot be rendered with a query and a document: no"),
+        ("{{", "cannot be rendered"),
+        ("{{ ''.__class__.__mro__ }}", "cannot be rendered"),
+        ("{{ 1 + messages }}", "cannot be rendered"),
     ],
 )
 def test_templates_that_cannot_be_used(tmp_path, template, message):
-    path = with_pair_template(decoders.qwen3_reranker(tmp_path / "c"), template)
+    path = with_pair_template(decoders.qwen3_reranker(tmp_path / "c"), "{# 'query' 'document' #}" + template)
     with pytest.raises(CheckpointError, match=message):
         rerank_prompt_of(Checkpoint.read(path))
 
 
-def test_a_template_that_wants_parts(tmp_path):
-    template = "query {{ messages[0].content[0].text }} document {{ messages[1].content[0].text }}"
+@pytest.mark.parametrize(
+    "template",
+    ["query and document: {{ messages[0].content }}", "{# 'query', 'document' #}{{ messages[0].content }}"],
+)
+def test_a_conversation_s_template_is_not_one_of_pairs(tmp_path, template):
     path = with_pair_template(decoders.qwen3_reranker(tmp_path / "c"), template)
-    assert rerank_prompt_of(Checkpoint.read(path)).plain == ("query {query} document {document}",)
+    assert rerank_prompt_of(Checkpoint.read(path)) == QWEN3
+
+
+def test_a_template_that_takes_the_blanks_off(tmp_path):
+    template = PAIR_CHAT.replace(
+        "map(attribute='content') | first }}", "map(attribute='content') | first | trim }}"
+    )
+    path = with_pair_template(with_logit_score(decoders.qwen3_reranker(tmp_path / "c"), 300, 40), template)
+    pairs = [("what is it ", "  the panda is a bear\n"), (" x", "y")]
+    np.testing.assert_allclose(logits(path, pairs)[:, 0], cross_encoder(path, pairs), atol=TOLERANCE)
+    kept = with_pair_template(path)
+    assert np.abs(logits(kept, pairs)[:, 0] - cross_encoder(path, pairs)).max() < TOLERANCE
+    (piece,) = rerank_prompt_of(Checkpoint.read(with_pair_template(path, template))).plain
+    assert piece.strips == {Slot.QUERY, Slot.DOCUMENT}
+
+
+def test_the_arguments_of_a_template(tmp_path):
+    """zerank-2 has its generation prompt in sentence_bert_config.json."""
+    template = PAIR_CHAT.replace(
+        "<|im_start|>assistant\n<think>",
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}<think>",
+    )
+    path = with_pair_template(with_logit_score(decoders.qwen3_reranker(tmp_path / "c"), 300, 40), template)
+    without = logits(path, PAIRS)[:, 0]
+    config = json.loads((path / "sentence_bert_config.json").read_text())
+    arguments = {"chat_template": {"add_generation_prompt": True}}
+    write_json(path / "sentence_bert_config.json", {**config, "processing_kwargs": arguments})
+    np.testing.assert_allclose(logits(path, PAIRS)[:, 0], cross_encoder(path, PAIRS), atol=TOLERANCE)
+    assert np.abs(logits(path, PAIRS)[:, 0] - without).max() > 1e-3
+
+
+def test_a_broken_logit_score_is_named(tmp_path):
+    path = with_pair_template(with_logit_score(decoders.qwen3_reranker(tmp_path / "c"), 300, 40))
+    write_json(path / "1_LogitScore" / "config.json", {"false_token_id": 3})
+    with pytest.raises(CheckpointError, match="true_token_id and false_token_id are no token ids"):
+        rerank_prompt_of(Checkpoint.read(path))
+
+
+def test_a_template_that_wants_parts(tmp_path):
+    template = (
+        "{# 'query' 'document' #}query {{ messages[0].content[0].text }} "
+        "document {{ messages[1].content[0].text }}"
+    )
+    path = with_pair_template(decoders.qwen3_reranker(tmp_path / "c"), template)
+    (piece,) = rerank_prompt_of(Checkpoint.read(path)).plain
+    assert piece == Piece.of("query {query} document {document}")

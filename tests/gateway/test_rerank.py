@@ -266,11 +266,22 @@ async def test_bad_scores(client, body, text):
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["b", "c"]}),
     ],
 )
-async def test_an_instruction_travels(client, inference, path, body, name):
-    await post(client, path, {**body, name: "Find it"})
+async def test_an_instruction_travels(path, body, name):
+    inference = FakeInference([replace(RERANKER, takes_instructions=True)])
+    async with running(inference) as client:
+        await post(client, path, {**body, name: "Find it"})
+        assert inference.calls[-1][1]["instruction"] == "Find it"
+        await post(client, path, {**body, name: ""})
+        assert "instruction" not in inference.calls[-1][1]
+
+
+async def test_instruct_is_not_looked_at_by_models_without_instructions(client, inference):
+    """As at SGLang and RTP-LLM, whose word it is; our own word reaches the model, which refuses it."""
+    for path in ("/v1/reranker", "/v1/rerank"):
+        await post(client, path, {**QUESTION, "instruct": "Find it"})
+        assert "instruction" not in inference.calls[-1][1]
+    await post(client, "/v1/rerank", {**QUESTION, "instruction": "Find it"})
     assert inference.calls[-1][1]["instruction"] == "Find it"
-    await post(client, path, {**body, name: ""})
-    assert "instruction" not in inference.calls[-1][1]
 
 
 async def test_two_names_of_an_instruction(client):

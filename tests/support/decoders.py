@@ -91,6 +91,7 @@ def bge_gemma(path: Path, **settings: Any) -> Path:
 
 def mxbai_v2(path: Path, **settings: Any) -> Path:
     """mixedbread-ai/mxbai-rerank-base-v2."""
+    settings = {"tie_word_embeddings": True, **settings}
     return qwen2(
         path, "ForCausalLM", tokenizer=functools.partial(write_qwen, chat_template=_CHAT), **settings
     )
