@@ -195,13 +195,13 @@ def pair_template(
 ) -> PairTemplate | None:
     """The post-processor's template of a pair, as it puts it around a probe; None where it has none.
 
-    A BERT tokenizer without a post-processor has [CLS] A [SEP] B [SEP] all the same.
+    A BERT tokenizer without a post-processor has [CLS] A [SEP] B [SEP] all the same; another one puts the
+    texts end to end.
     """
     names = checkpoint.tokenizer_config.get("model_input_names")
     is_told = not isinstance(names, list) or "token_type_ids" in names
-    if tokenizer.post_processor is None:
-        is_bert = len(prefix) == len(suffix) == 1
-        return PairTemplate(prefix, suffix, suffix, 1, is_told) if is_bert else None
+    if tokenizer.post_processor is None and len(prefix) == len(suffix) == 1:
+        return PairTemplate(prefix, suffix, suffix, 1, is_told)
     probes = "a", "b"
     first, second = (tokenizer.encode(probe, add_special_tokens=False).ids for probe in probes)
     whole = tokenizer.encode(*probes, add_special_tokens=True)

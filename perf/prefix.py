@@ -28,9 +28,11 @@ sys.path.insert(0, str(ROOT))
 
 from backends.checkpoint import Checkpoint  # noqa: E402  # the checkout is no installed package
 from backends.device import compute_dtype  # noqa: E402
+from backends.encode import encode  # noqa: E402
 from backends.families import family_of  # noqa: E402
-from backends.forward import Forward, choose_forward, encode  # noqa: E402
+from backends.forward import Forward  # noqa: E402
 from backends.ragged import Ragged  # noqa: E402
+from backends.self_check import choose_forward  # noqa: E402
 from backends.shared_prefix import plan  # noqa: E402
 from tests.support.checkpoints import qwen3  # noqa: E402
 

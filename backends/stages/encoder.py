@@ -16,12 +16,14 @@ import torch
 
 from backends.contract import FIRST_LENGTH, HIDDEN, INPUT_IDS, KEY_LENGTH, LAST_HIDDEN, LENGTH
 from backends.device import TORCH_DTYPES, compute_dtype, place
+from backends.encode import encode
 from backends.families import family_of
-from backends.forward import Forward, choose_forward, encode
+from backends.forward import Forward
 from backends.heads import encoder_inputs, only_row
 from backends.last_token import token_rows
 from backends.options import WIRE_DTYPES
 from backends.ragged import Lengths, Ragged
+from backends.self_check import choose_forward
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 
 # What the activations of one pass may take on a CPU, where larger passes are no faster; a token takes about

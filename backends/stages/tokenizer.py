@@ -36,6 +36,7 @@ from backends.instruction import instruction_template
 from backends.prompted_pairs import PromptedPairs
 from backends.rerank_prompt import rerank_prompt_of
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
+from backends.template_pairs import TemplatePairs
 from backends.tokenization import TextTokenizer, Tokens
 from backends.tokenizer_settings import TokenizerSettings
 
@@ -68,7 +69,10 @@ class TokenizerStage(Stage):
         self.template = instruction_template(checkpoint, family.instruction)
         self.takes_pairs = takes_pairs(context.heads)
         prompt = rerank_prompt_of(checkpoint) if self.takes_pairs else None
-        self.prompted = None if prompt is None else PromptedPairs(self.tokenizer, prompt)
+        self.is_prompted = prompt is not None
+        self.pairs = (
+            TemplatePairs(self.tokenizer) if prompt is None else PromptedPairs(self.tokenizer, prompt)
+        )
         self.truncation = context.options.truncation
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
@@ -84,20 +88,17 @@ class TokenizerStage(Stage):
                 self.template,
             )
             text = request.array(TEXT)
-            if text.shape[1] == 2 and self.prompted is not None:
-                return self._answer_rows(self.prompted.encode(text.tolist(), settings))
-            if settings.instruction is not None and (text.shape[1] == 2 or self.template is None):
+            is_pair = text.shape[1] == 2 and self.takes_pairs
+            if settings.instruction is not None and not (
+                self.is_prompted if is_pair else self.template is not None
+            ):
                 raise RequestError(
                     ErrorCode.INVALID_INSTRUCTION,
                     "this model was not made for instructions; leave instruction out"
-                    + (
-                        ""
-                        if self.takes_pairs
-                        else ", or put a text of your own before every input with prompt"
-                    ),
+                    + ("" if is_pair else ", or put a text of your own before every input with prompt"),
                 )
-            if text.shape[1] == 2 and self.takes_pairs:
-                return self._answer_rows(self.tokenizer.encode_pairs(text.tolist(), settings))
+            if is_pair:
+                return self._answer_rows(self.pairs.encode(text.tolist(), settings))
             if text.shape[1] != 1:
                 shapes = "[n, 1] or, for pairs, [n, 2]" if self.takes_pairs else "[n, 1], one text each"
                 raise RequestError(

@@ -131,8 +131,9 @@ def test_negative_control_with_the_other_family_s_blank(layout):
 @pytest.mark.parametrize("family", sorted(name for name, family in FAMILIES.items() if family.is_decoder))
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_both_ways_of_every_decoder(tmp_path, family, is_causal):
-    from backends.forward import choose_forward, encode
+    from backends.encode import encode
     from backends.ragged import Ragged
+    from backends.self_check import choose_forward
 
     # Of a window both ways transformers' own functions disagree about the last token of it.
     settings = {"window": None} if family == "mistral" else {}

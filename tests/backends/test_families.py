@@ -10,10 +10,12 @@ import torch
 from transformers import AutoModel, MPNetConfig, MPNetModel
 
 from backends.checkpoint import Checkpoint
+from backends.encode import encode
 from backends.errors import CheckpointError
 from backends.families import FAMILIES, family_of
-from backends.forward import PackedForward, PaddedForward, choose_forward, encode
+from backends.forward import PackedForward, PaddedForward
 from backends.ragged import Ragged, cut_by_budget
+from backends.self_check import choose_forward
 from tests.support import checkpoints
 from tests.support.pipeline import load_forward
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from backends.checkpoint import Checkpoint
+from backends.encode import encode
 from backends.families import FAMILIES, family_of
-from backends.forward import PackedForward, choose_forward, encode
+from backends.forward import PackedForward
 from backends.ragged import Ragged
+from backends.self_check import choose_forward
 from backends.shared_prefix import MIN_SHARED, plan
 from tests.support import checkpoints, decoders
 from tests.support.pipeline import CPU

@@ -8,6 +8,7 @@ from backends.checkpoint import Checkpoint
 from backends.contract import TOKEN_DTYPE, ErrorCode
 from backends.errors import CheckpointError, RequestError
 from backends.source import resolve
+from backends.template_pairs import TemplatePairs
 from backends.tokenization import TextTokenizer
 from backends.tokenizer_settings import TokenizerSettings
 from tests.support.checkpoints import sentence_transformer
@@ -263,7 +264,7 @@ def test_a_text_without_any_token_is_refused(tmp_path):
 
 def encode_pairs(tokenizer, *pairs, **parameters):
     settings = TokenizerSettings.read(parameters, tokenizer.checkpoint, parameters.get("truncation", "error"))
-    return tokenizer.encode_pairs([(a.encode(), b.encode()) for a, b in pairs], settings)
+    return TemplatePairs(tokenizer).encode([(a.encode(), b.encode()) for a, b in pairs], settings)
 
 
 def test_pairs_equal_transformers(minilm, reference):

@@ -16,8 +16,9 @@ from backends.contract import (
     SPARSE_WEIGHTS,
     TOKEN_VECTORS,
 )
+from backends.encode import encode
 from backends.families import family_of
-from backends.forward import Forward, choose_forward, encode
+from backends.forward import Forward
 from backends.heads import HEADS, only_row
 from backends.instruction import instruction_template
 from backends.last_token import token_rows
@@ -25,6 +26,8 @@ from backends.late_interaction import late_interaction_of
 from backends.prompted_pairs import PromptedPairs
 from backends.ragged import Ragged
 from backends.rerank_prompt import rerank_prompt_of
+from backends.self_check import choose_forward
+from backends.template_pairs import TemplatePairs
 from backends.tokenization import TextTokenizer, Tokens
 from backends.tokenizer_settings import TokenizerSettings
 
@@ -117,7 +120,7 @@ def tokenize_for_logits(
     prompt = rerank_prompt_of(checkpoint)
     if prompt is not None:
         return PromptedPairs(tokenizer, prompt).encode(pairs, settings)
-    return tokenizer.encode_pairs(pairs, settings)
+    return TemplatePairs(tokenizer).encode(pairs, settings)
 
 
 def embed(

@@ -1,0 +1,87 @@
+"""Runs a model over the sequences of a batch, in passes of a bounded number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from backends import shared_prefix
+from backends.forward import Forward, Segments
+from backends.ragged import Lengths, Ragged, cut_by_budget, positions
+
+
+def encode(
+    forward: Forward,
+    input_ids: Ragged,
+    max_batch_tokens: int,
+    dtype: torch.dtype,
+    key_lengths: Lengths | None = None,
+    first_lengths: Lengths | None = None,
+    rows: Lengths | None = None,
+) -> torch.Tensor:
+    """hidden [t, h] of all sequences in the order in which they came, in passes of at most
+    `max_batch_tokens`.
+
+    With `rows` [r], ascending, of these tokens only: [r, h]. A sequence that is longer than a pass runs in
+    one of its own. Padded, the padding counts. `input_ids` are on the host.
+    """
+    ids = input_ids.values.numpy()
+    count = len(ids) if rows is None else len(rows)
+    # Where each token's state goes; -1 where nobody wants it.
+    slots = np.arange(len(ids)) if rows is None else np.full(len(ids), -1)
+    if rows is not None:
+        slots[rows] = np.arange(count)
+    if forward.shares_prefixes and key_lengths is None and first_lengths is None:
+        passes = _shared_passes(forward, input_ids, max_batch_tokens)
+    else:
+        passes = _passes(forward, input_ids, max_batch_tokens, key_lengths, first_lengths)
+    hidden: torch.Tensor | None = None
+    for out, tokens, sources in passes:
+        if hidden is None:
+            hidden = out.new_empty((count, out.shape[1]), dtype=dtype)
+        wanted = slots[tokens]
+        if rows is not None:
+            wanted, sources = (
+                wanted[wanted >= 0],
+                (np.flatnonzero(wanted >= 0) if sources is None else sources[wanted >= 0]),
+            )
+        if sources is not None:
+            out = out[torch.from_numpy(sources).to(out.device)]
+        hidden.index_copy_(0, torch.from_numpy(wanted).to(out.device), out.to(dtype))
+    if hidden is None:
+        raise ValueError("a batch without sequences")
+    return hidden
+
+
+_Passes = Iterator[tuple[torch.Tensor, Lengths, Lengths | None]]
+"""States [u, h], the tokens of the batch that they are of, and where in them each of those is; None is in
+order.
+"""
+
+
+def _passes(
+    forward: Forward,
+    input_ids: Ragged,
+    max_batch_tokens: int,
+    key_lengths: Lengths | None,
+    first_lengths: Lengths | None,
+) -> _Passes:
+    orders = cut_by_budget(
+        input_ids.lengths, max_batch_tokens, ties=key_lengths, is_padded=not forward.is_packed
+    )
+    for order in orders:
+        lengths = input_ids.lengths[order]
+        tokens = np.repeat(input_ids.offsets[order], lengths) + positions(lengths)
+        keys = None if key_lengths is None else key_lengths[order]
+        firsts = None if first_lengths is None else first_lengths[order]
+        values = input_ids.values[torch.from_numpy(tokens)].to(forward.device)
+        yield forward(Ragged(values, lengths), keys, firsts), tokens, None
+
+
+def _shared_passes(forward: Forward, input_ids: Ragged, max_batch_tokens: int) -> _Passes:
+    for one in shared_prefix.plan(input_ids.values.numpy(), input_ids.lengths, max_batch_tokens):
+        values = torch.from_numpy(one.ids).to(forward.device)
+        segments = Segments(one.starts, one.prefixes) if one.shares else None
+        yield forward(Ragged(values, one.lengths), segments=segments), one.tokens, one.sources

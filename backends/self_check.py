@@ -1,0 +1,127 @@
+"""Finds out at load how a model can run: packed if that is proved right, else padded.
+
+It must call the packed attention function, and two short sequences packed must give what each gives alone.
+Some model classes (MPNet, DeBERTa) take no attention function and would let every sequence look at its
+neighbours without any error: for those the padded way is checked the same way, and a model that fails both is
+refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from backends.errors import CheckpointError
+from backends.families.base import Family
+from backends.forward import Forward, PackedForward, PaddedForward, Segments, register_attention
+from backends.ragged import Ragged
+from kernels import packed_attention
+
+logger = logging.getLogger(__name__)
+
+# Lengths of the sequences of the self-check: different, so that a shifted boundary shows.
+_CHECK_LENGTHS = (5, 11)
+# Largest relative error (norm of the difference over the norm) that rounding explains; a sequence that sees
+# its neighbours is off by 0.1 and more.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+Loader = Callable[[str | None], torch.nn.Module]
+"""Name of an attention function, or None for the model's own choice -> the model."""
+
+
+def choose_forward(
+    load: Loader, family: Family, config: dict[str, Any], name: str, *, shares_prefixes: bool = False
+) -> Forward:
+    """The packed way if the model passes the self-check, else the padded way, with a logged warning.
+
+    `shares_prefixes` is for causal models: what sequences begin with is computed once, if that is proved to
+    change nothing. Raises CheckpointError when the model fails both ways. `name` stands in the messages.
+    """
+    register_attention()
+    packed = PackedForward(_load(load, packed_attention.NAME, name), family, config)
+    fault = _packed_fault(packed)
+    if fault is None:
+        if shares_prefixes:
+            error = _check_sharing(packed)
+            packed.shares_prefixes = error <= _tolerance(packed.model)
+            if not packed.shares_prefixes:
+                logger.warning(
+                    "%s gives other numbers behind a shared prefix (relative error %.2g): every sequence is "
+                    "computed whole, which is slower",
+                    name,
+                    error,
+                )
+        packed.attention_calls = 0
+        return packed
+    logger.warning("%s cannot run packed (%s): it runs padded, which is slower", name, fault)
+    padded = PaddedForward(_load(load, None, name), family, config)
+    error = _self_check(padded)
+    if not error <= _tolerance(padded.model):
+        raise CheckpointError(
+            f"{name} gives other numbers in a batch than alone, packed ({fault}) and padded (relative error "
+            f"{error:.2g}): it cannot be served right"
+        )
+    return padded
+
+
+def _load(load: Loader, attention: str | None, name: str) -> torch.nn.Module:
+    try:
+        return load(attention)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "ignore_mismatched_sizes" in first_line:
+            first_line = "they have other shapes than config.json says"
+        raise CheckpointError(f"the weights of {name} cannot be loaded: {first_line}") from error
+
+
+def _packed_fault(forward: PackedForward) -> str | None:
+    try:
+        error = _self_check(forward)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as problem:
+        return f"the self-check failed: {problem}"
+    if forward.attention_calls == 0:
+        return f"{type(forward.model).__name__} takes no attention function"
+    if not error <= _tolerance(forward.model):  # also when it is NaN
+        return f"relative error {error:.2g} between packed and one by one"
+    return None
+
+
+def _self_check(forward: PackedForward | PaddedForward) -> float:
+    """Relative error between two sequences in one batch and the same two one by one."""
+    lengths = np.array(_CHECK_LENGTHS)
+    batch = Ragged(_check_ids(forward, int(lengths.sum())), lengths)
+    with torch.inference_mode():
+        together = forward(batch).float()
+        alone = torch.cat([forward(Ragged.pack([one])).float() for one in batch.split()])
+    return float(torch.linalg.vector_norm(together - alone) / torch.linalg.vector_norm(alone))
+
+
+def _check_sharing(forward: PackedForward) -> float:
+    """Relative error between two sequences that begin alike computed whole, and behind a shared segment."""
+    lengths = np.array([sum(_CHECK_LENGTHS)] * 2)
+    ids = _check_ids(forward, int(lengths.sum()))
+    shared, rest = _CHECK_LENGTHS[1], _CHECK_LENGTHS[0]
+    first, second = ids[: shared + rest], torch.cat([ids[:shared], ids[-rest:]])
+    row = Ragged(torch.cat([first[:shared], first[shared:], second[shared:]]), np.array([shared, rest, rest]))
+    segments = Segments(np.array([0, shared, shared]), [(), ((0, shared),), ((0, shared),)])
+    with torch.inference_mode():
+        together = forward(row, segments=segments).float()
+        alone = [forward(Ragged.pack([one])).float() for one in (first, second)]
+    whole = torch.cat([alone[0], alone[1][shared:]])
+    return float(torch.linalg.vector_norm(together - whole) / torch.linalg.vector_norm(whole))
+
+
+def _check_ids(forward: PackedForward | PaddedForward, count: int) -> torch.Tensor:
+    """int64 [count], spread over the vocabulary; id 0 is padding in most vocabularies."""
+    vocabulary = int(forward.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    return torch.arange(1, count + 1, device=forward.device) * 7919 % (vocabulary - 1) + 1
+
+
+def _tolerance(model: torch.nn.Module) -> float:
+    return _TOLERANCE[next(model.parameters()).dtype]
