@@ -40,11 +40,6 @@ class Piece:
         """Whether the slot is in it."""
         return slot in self.parts
 
-    @property
-    def is_literal(self) -> bool:
-        """Whether it is the same for every pair."""
-        return not (self.has(Slot.QUERY) or self.has(Slot.DOCUMENT))
-
     def fill(self, texts: Mapping[Slot, str]) -> str:
         """The text of a piece all of whose slots are given."""
         return "".join(part if isinstance(part, str) else self._text(part, texts) for part in self.parts)

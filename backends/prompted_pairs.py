@@ -1,7 +1,7 @@
 """Turns pairs of a query and a document into the token ids of a question to a language model.
 
-Where a pair is over the limit the document gives way, and a query that takes more than three quarters of what
-is left beside the prompt; what the prompt says always stays.
+Where a pair is over the limit the document gives way, and of a query what takes more than three quarters of
+the room beside the prompt and is not left over by the document; what the prompt says always stays.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from backends.contract import ErrorCode
-from backends.errors import RequestError
+from backends.errors import OptionError, RequestError
 from backends.prompt_pieces import Piece, Slot
 from backends.rerank_prompt import RerankPrompt
 from backends.tokenization import TextTokenizer, Tokens, decode_text
@@ -31,23 +31,28 @@ class _Frame:
     instruction: str
     limit: int
     """Tokens of a pair with the prompt around it."""
-    fixed: int
-    """Tokens of the pieces that are the same for every pair."""
+    around: int
+    """Tokens of the prompt with its instruction, without query and document."""
     tail: TokenIds
     """Tokens of what stands behind the document in its own piece."""
 
     @property
     def room(self) -> int:
-        """Tokens that query and document may have, with what stands around them in their pieces."""
-        return self.limit - self.fixed - len(self.tail)
+        """Tokens that query and document may have."""
+        return self.limit - self.around
 
 
 class PromptedPairs:
     """The prompt of one checkpoint. Safe to use from one thread at a time."""
 
     def __init__(self, tokenizer: TextTokenizer, prompt: RerankPrompt) -> None:
+        """Raises OptionError for a limit that the prompt alone fills."""
         self.tokenizer = tokenizer
         self.prompt = prompt
+        try:
+            self._frame(TokenizerSettings())
+        except RequestError as error:
+            raise OptionError(f"max_length is {tokenizer.max_length}: {error.failure.message}") from error
 
     def encode(self, items: Sequence[tuple[bytes, bytes]], settings: TokenizerSettings) -> list[Tokens]:
         """Pairs of one request -> tokens of each.
@@ -73,14 +78,16 @@ class PromptedPairs:
             )
         limit = min(self.tokenizer.max_length, settings.max_tokens or self.tokenizer.max_length)
         pieces, instruction = self.prompt.ask(settings.instruction)
-        given = {Slot.INSTRUCTION: instruction}
-        fixed = sum(len(self._ids(piece.fill(given))) for piece in pieces if piece.is_literal)
+        given = {Slot.INSTRUCTION: instruction, Slot.QUERY: "", Slot.DOCUMENT: ""}
+        rows = [self.tokenizer.repeated(piece.fill(given), "right") for piece in pieces]
+        around = sum(len(ids) for ids, _ in rows)
         tail = self._ids(next(p for p in pieces if p.has(Slot.DOCUMENT)).behind_document())
-        frame = _Frame(pieces, instruction, limit, fixed, tail)
-        if frame.room < 2:
+        frame = _Frame(pieces, instruction, limit, around, tail)
+        if frame.room < 2 or any(unread for _, unread in rows):
+            more = "more than " if any(unread for _, unread in rows) else ""
             raise RequestError(
                 ErrorCode.INVALID_INSTRUCTION if settings.instruction else ErrorCode.INVALID_INPUT,
-                f"the prompt around a pair takes {fixed + len(tail)} tokens of {limit}, which leaves no room "
+                f"the prompt around a pair takes {more}{around} tokens of {limit}, which leaves no room "
                 "for a query and a document",
             )
         return frame
@@ -141,29 +148,22 @@ class PromptedPairs:
 
     def _shorten(self, frame: _Frame, pair: tuple[str, str], truncation: str) -> Row:
         """The row of a pair that is over the limit, with less of its texts."""
-        query, document = self.tokenizer.cut(pair[0], max(1, frame.room * 3 // 4), "right"), pair[1]
+        query, document = pair
+        n_document = len(self.tokenizer.bare([document], "right")[0][0])
+        most = max(1, frame.room * 3 // 4, frame.room - n_document)
+        query = self.tokenizer.cut(query, most, "right")
         if truncation == "left":
             # The document's end stays; what stands around it takes its place first.
             (around,) = self._tokenize(frame, [(query, "")])
             room = max(1, frame.limit - sum(len(ids) for ids, _ in around))
             document = self.tokenizer.cut(document, room, "left")
         (row,) = self._tokenize(frame, [(query, document)])
-        room = frame.room
-        parts: Row = []
-        for (ids, unread), piece in zip(row, frame.pieces, strict=True):
-            if piece.has(Slot.DOCUMENT):
-                others = sum(len(ids) for ids, _ in parts) - self._literal_before(frame, len(parts))
-                ids = np.concatenate([_without(ids, frame.tail)[: room - others], frame.tail])
-            elif piece.has(Slot.QUERY):
-                # Its words around the query may make it a little longer than the query may be.
-                ids = ids[: max(1, room - 1)]
-            parts.append((ids, unread))
-        return parts
-
-    def _literal_before(self, frame: _Frame, count: int) -> int:
-        """Tokens of the first pieces that are the same for every pair."""
-        given = {Slot.INSTRUCTION: frame.instruction}
-        return sum(len(self._ids(piece.fill(given))) for piece in frame.pieces[:count] if piece.is_literal)
+        place = next(i for i, piece in enumerate(frame.pieces) if piece.has(Slot.DOCUMENT))
+        others = sum(len(ids) for i, (ids, _) in enumerate(row) if i != place)
+        ids, unread = row[place]
+        kept = max(0, frame.limit - others - len(frame.tail))
+        row[place] = (np.concatenate([_without(ids, frame.tail)[:kept], frame.tail]), unread)
+        return row
 
 
 def _without(ids: TokenIds, tail: TokenIds) -> TokenIds:

@@ -190,10 +190,7 @@ def asks_for_a_word(checkpoint: Checkpoint) -> str | None:
     prompt = rerank_prompt_of(checkpoint)
     if prompt is None:
         return None
-    return (
-        f"it is a bare language model, so a reranker; its prompt is {prompt.name} "
-        "(an embedding model? give --task embed)"
-    )
+    return f"it is a bare language model, so a reranker; its prompt is {prompt.name}"
 
 
 def _appends_a_token(checkpoint: Checkpoint) -> bool:

@@ -35,6 +35,7 @@ class PredictRequest(BaseModel):
     truncate: StrictBool | None = None
     truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
     raw_scores: StrictBool | None = None
+    instruction: str | None = None
 
 
 async def predict(
@@ -50,7 +51,13 @@ async def predict(
     truncation = None
     if body.truncate is not None:
         truncation = SIDES[body.truncation_direction or "right"] if body.truncate else "error"
-    made = await logits(inference, pipeline, texts, TextOptions(truncation=truncation), "inputs")
+    made = await logits(
+        inference,
+        pipeline,
+        texts,
+        TextOptions(instruction=body.instruction or None, truncation=truncation),
+        "inputs",
+    )
     activation = "identity" if body.raw_scores else pipeline.label_activation
     scores = await asyncio.get_running_loop().run_in_executor(calculator, activate, made.logits, activation)
     rows = await in_turns(scores, lambda row: labelled(pipeline, row))

@@ -65,6 +65,7 @@ class TextFields(BaseModel):
         description="What a query is for, of models that were made for instructions; it stands where they "
         "expect it.",
     )
+    instruct: str | None = Field(None, description="The same in the words of SGLang and RTP-LLM.")
     truncate: StrictBool | None = Field(
         None, description="Cut an input that is over the limit, or refuse it."
     )
@@ -111,7 +112,7 @@ def text_options(body: TextFields, pipeline: Pipeline, tasks: Collection[Task]) 
     return TextOptions(
         prompt_name=body.prompt_name,
         prompt=body.prompt,
-        instruction=body.instruction or None,
+        instruction=read_instruction(body.instruction, body.instruct, pipeline),
         truncation=truncation,
         dimensions=body.dimensions,
         normalize=body.normalize,

@@ -96,7 +96,8 @@ async def rerank(
     """
     query = read_text(body.query, "query")
     if body.documents is None:
-        raise BadRequest(f"the field {field} is missing", param=field)
+        other = " (text-embeddings-inference calls it texts)" if field == "documents" else ""
+        raise BadRequest(f"the field {field} is missing{other}", param=field)
     documents = read_texts(body.documents, max_documents, field, body.rank_fields)
     pipeline = await scorer.find(body.model)
     weights = read_weights(body.weights)

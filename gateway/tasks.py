@@ -172,7 +172,7 @@ async def represent_sides(
     """
     has_roles = pipeline.has_roles if has_roles is None else has_roles
     has_roles = has_roles or options.instruction is not None
-    if has_roles or left.max_tokens or right.max_tokens:
+    if has_roles or options.truncation == "document" or left.max_tokens or right.max_tokens:
         both = await asyncio.gather(
             *(
                 _represent_side(
@@ -184,6 +184,7 @@ async def represent_sides(
                         options,
                         role=role if has_roles else None,
                         instruction=options.instruction if role == "query" else None,
+                        truncation=_truncation_of(role, options.truncation),
                         max_tokens=side.max_tokens,
                     ),
                 )
@@ -196,6 +197,11 @@ async def represent_sides(
     with _naming_fields((left.field, count), (right.field, len(right.items.elements))):
         whole = await represent(inference, pipeline, joined, tasks, options)
     return whole.part(0, count), whole.part(count, len(joined.elements))
+
+
+def _truncation_of(role: str, truncation: str | None) -> str | None:
+    """Where documents only are to be cut, a query that is over the limit is refused."""
+    return {"query": "error", "document": "right"}[role] if truncation == "document" else truncation
 
 
 async def _represent_side(

@@ -32,7 +32,9 @@ from backends.families.base import Causality, Family
 from backends.heads import HEADS, encoder_inputs, late_interaction, only_row, takes_pairs
 from backends.instruction import instruction_template
 from backends.options import WIRE_DTYPES, ServingOptions
-from backends.rerank_prompt import rerank_prompt_of
+from backends.prompted_pairs import PromptedPairs
+from backends.rerank_prompt import is_language_model, rerank_prompt_of
+from backends.tokenization import TextTokenizer
 from backends.trust import check_trust
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -66,6 +68,7 @@ def build_pipeline(
         raise OptionError(f"max_length is {options.max_length}; this model takes at most {most}")
     reasons = heads_of(checkpoint, options)
     heads = tuple(reasons)
+    _check_prompt(checkpoint, options, family, heads)
     for head in heads:
         check_trust(checkpoint, head, options)
     stages = (
@@ -83,11 +86,38 @@ def build_pipeline(
         stages=stages,
         parameters=_describe(name, reference, checkpoint, options, family, heads),
         # The checkpoint's own are about pooling, which no other head does.
-        notes=(*(checkpoint.notes if "dense" in heads else ()), *_causality_notes(causality)),
+        notes=(
+            *(checkpoint.notes if "dense" in heads else ()),
+            *_causality_notes(causality),
+            *_guess_notes(checkpoint, options, heads),
+        ),
         reasons=reasons,
     )
     check_wiring(pipeline)
     return pipeline
+
+
+def _check_prompt(
+    checkpoint: Checkpoint, options: ServingOptions, family: Family, heads: tuple[str, ...]
+) -> None:
+    """Raises OptionError for a prompt that nothing is put into, and for a limit that it fills."""
+    if options.rerank_prompt is not None and not takes_pairs(heads):
+        raise OptionError(
+            f"--rerank-prompt is for rerankers, and {checkpoint.path} is served as "
+            f"{', '.join(heads)}; leave it "
+            "out, or give --task score"
+        )
+    prompt = rerank_prompt_of(checkpoint) if takes_pairs(heads) else None
+    if prompt is not None and options.max_length is not None:
+        PromptedPairs(TextTokenizer(checkpoint, family.max_length(checkpoint)), prompt)
+
+
+def _guess_notes(checkpoint: Checkpoint, options: ServingOptions, heads: tuple[str, ...]) -> tuple[str, ...]:
+    """Of a language model that nobody has called a reranker."""
+    is_told = options.task is not None or options.rerank_prompt is not None or checkpoint.has_modules
+    if is_told or "logits" not in heads or not is_language_model(checkpoint):
+        return ()
+    return ("it is taken for a reranker; if it is an embedding model, give --task embed",)
 
 
 def _causality_notes(causality: Causality | None) -> tuple[str, ...]:

@@ -66,8 +66,10 @@ class TokenizerStage(Stage):
             most_tokens,
             family.last_token(checkpoint.config),
         )
-        self.template = instruction_template(checkpoint, family.instruction)
         self.takes_pairs = takes_pairs(context.heads)
+        # A text alone goes to a reranker or classifier as it stands.
+        template = instruction_template(checkpoint, family.instruction)
+        self.template = None if self.takes_pairs else template
         prompt = rerank_prompt_of(checkpoint) if self.takes_pairs else None
         self.is_prompted = prompt is not None
         self.pairs = (

@@ -21,7 +21,7 @@ from gateway.classes import PredictRequest
 from gateway.endpoints.dialect import Dialect, Services, describe, services, speak
 from gateway.errors import BadRequest, EmptyInput
 from gateway.inference import Array, Pipeline
-from gateway.inputs import MAX_INT, read_limit
+from gateway.inputs import MAX_INT, read_instruction, read_limit
 from gateway.scoring import activate
 from gateway.tasks import Classified, TextOptions
 from gateway.wire import check, in_turns, matrix, parse, read, read_bytes, respond
@@ -36,6 +36,8 @@ class ClassifyRequest(BaseModel):
 
     input: Any = Field(description="A text, or a list of texts or of pairs of texts.")
     model: str | None = None
+    instruction: str | None = Field(None, description="Of pairs, as in /v1/rerank.")
+    instruct: str | None = None
     truncate: StrictBool | None = None
     truncation: StrictBool | None = None
     truncate_prompt_tokens: StrictInt | None = Field(None, ge=-1, le=MAX_INT)
@@ -164,7 +166,11 @@ async def _classify(
     if asked is None and body.truncate_prompt_tokens is not None:
         asked = True
     truncation = default_truncation if asked is None else "right" if asked else "error"
-    options = TextOptions(truncation=truncation, max_tokens=read_limit(body.truncate_prompt_tokens))
+    options = TextOptions(
+        instruction=read_instruction(body.instruction, body.instruct, pipeline),
+        truncation=truncation,
+        max_tokens=read_limit(body.truncate_prompt_tokens),
+    )
     return pipeline, await classes.logits(own.inference, pipeline, texts, options, "input")
 
 

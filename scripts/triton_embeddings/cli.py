@@ -63,7 +63,8 @@ ServedModelName = Annotated[
 Task = Annotated[
     str | None,
     typer.Option(
-        help="What the checkpoint is for, whatever it says itself: embed, sparse, colbert, tokens or bge_m3; "
+        help="What the checkpoint is for, whatever it says itself: embed, sparse, colbert, bge_m3, tokens, "
+        "score or classify; "
         "RTP-LLM's words (DENSE_EMBEDDING ...) are understood."
     ),
 ]

@@ -73,11 +73,16 @@ def test_qwen3_reranker_cuts_as_the_model_card(tmp_path):
     path = decoders.qwen3_reranker(tmp_path / "c", max_length=320)
     pairs = [("the value", "a class of " * 200), ("the value " * 200, "x"), ("x", "y")]
     rows = tokenize_for_logits(Checkpoint.read(path), pairs)
-    assert [(len(row.ids), row.is_truncated) for row in rows[:2]] == [(320, True)] * 2
-    assert not rows[2].is_truncated
+    assert [row.is_truncated for row in rows] == [True, True, False]
+    assert len(rows[0].ids) == 320
+    assert 316 <= len(rows[1].ids) <= 320
+    documents = [pairs[0], pairs[2]]
     np.testing.assert_allclose(
-        probabilities(path, pairs), model_card(path, pairs, max_length=320), atol=TOLERANCE
+        probabilities(path, documents), model_card(path, documents, max_length=320), atol=TOLERANCE
     )
+    # There a long query leaves nothing of the document.
+    text = AutoTokenizer.from_pretrained(path).decode(rows[1].ids)
+    assert "<Document>: x<|im_end|>" in text
 
 
 @pytest.mark.parametrize(
@@ -456,6 +461,42 @@ def test_documents_behind_a_long_query_still_differ(tmp_path, make, truncation):
     assert max(len(first.ids), len(second.ids)) <= 512
 
 
+@pytest.mark.parametrize("make", [decoders.qwen3_reranker, decoders.bge_gemma, decoders.mxbai_v2])
+def test_an_instruction_and_small_limits_leave_room_for_both_texts(tmp_path, make):
+    path = make(tmp_path / "c")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    pairs = [("why is it " * 100, "panda " * 100), ("zebra", "class " * 100)]
+    (bare,) = tokens(path, [("a", "b")], instruction="x y " * 20)
+    for limit in (len(bare.ids) + 6, len(bare.ids) + 40):
+        for row, words in zip(
+            tokens(path, pairs, instruction="x y " * 20, max_tokens=limit), ("wp", "zc"), strict=True
+        ):
+            text = tokenizer.decode(row.ids)
+            assert len(row.ids) <= limit
+            assert "x y x y" in text
+            assert all(word in text.split("x y")[-1] or word in text for word in words)
+            assert row.ids[-3:].tolist() == bare.ids[-3:].tolist(), "the prompt's end stays"
+
+
+def test_a_limit_that_the_prompt_fills_is_told_at_once(tmp_path):
+    path = decoders.qwen3_reranker(tmp_path / "c")
+    checkpoint = Checkpoint.read(path, 100)
+    with pytest.raises(
+        OptionError, match=r"max_length is 100: the prompt around a pair takes \d+ tokens of 100"
+    ):
+        build_pipeline("c", str(path), checkpoint, ServingOptions(max_length=100))
+    build_pipeline("c", str(path), Checkpoint.read(path, 300), ServingOptions(max_length=300))
+
+
+def test_a_prompt_is_for_rerankers(tmp_path):
+    path = decoders.qwen3_embedding(tmp_path / "c")
+    checkpoint = Checkpoint.read(path, rerank_prompt="qwen3")
+    with pytest.raises(
+        OptionError, match=r"--rerank-prompt is for rerankers, and .* is served as dense, tokens"
+    ):
+        build_pipeline("c", str(path), checkpoint, ServingOptions(rerank_prompt="qwen3"))
+
+
 @pytest.mark.parametrize("instruction", ["fill {document} now", "Answer {Yes} or {{No}}.", "{query}{", "{0}"])
 @pytest.mark.parametrize("make", [decoders.qwen3_reranker, decoders.bge_gemma, decoders.mxbai_v2])
 def test_braces_are_texts_like_others(tmp_path, make, instruction):
@@ -489,15 +530,16 @@ def test_a_long_query_leaves_room_for_a_document(tmp_path):
         ),
         ({"max_tokens": 20}, ErrorCode.INVALID_INPUT, "the prompt around a pair takes"),
         ({"text_format": "ids"}, ErrorCode.INVALID_INPUT, "a pair takes texts"),
-        ({"instruction": "a " * 9000}, ErrorCode.CONTEXT_LENGTH_EXCEEDED, None),
+        (
+            {"instruction": "a " * 900},
+            ErrorCode.INVALID_INSTRUCTION,
+            r"the prompt around a pair takes \d+ tokens",
+        ),
+        ({"instruction": "a " * 9000}, ErrorCode.INVALID_INSTRUCTION, "takes more than .* leaves no room"),
     ],
 )
 def test_what_is_refused(tmp_path, parameters, code, text):
     path = decoders.qwen3_reranker(tmp_path / "c")
-    if text is None:
-        # An instruction is a part of what is cut, as on the model card.
-        assert tokens(path, [("a", "b")], **parameters)[0].is_truncated
-        return
     with pytest.raises(RequestError, match=text) as refused:
         tokens(path, [("a", "b"), ("the value", "x " * 900)], **parameters)
     assert refused.value.failure.code is code

@@ -94,7 +94,7 @@ def test_pairs_go_into_the_prompt_of_a_reranker_and_only_there(tmp_path):
     plain, instructed, single = words.execute([Request({"text": pair}), asked, text("a", instruction="find")])
     assert plain.value("length")[0, 0] > 100
     assert plain.value("input_ids").tolist() != instructed.value("input_ids").tolist()
-    assert single.error is None, "of a text alone it makes the prompt of its family"
+    assert "was not made for instructions" in single.error.message, "a text alone goes in as it stands"
     labels = start(TokenizerStage(), classifier(tmp_path / "labels", bert), heads="logits")
     (refused,) = labels.execute([asked])
     assert refused.error.message == (

@@ -67,10 +67,11 @@ def test_decoders_are_added_with_their_reasons_and_options(tmp_path):
         assert added.returncode == 0, added.stderr
         return added
 
-    assert add("reranker", "--no-share-prefix").stdout.splitlines()[1] == (
-        "  score    it is a bare language model, so a reranker; its prompt is Qwen3-Reranker's (an embedding "
-        "model? give --task embed)"
+    reranker = add("reranker", "--no-share-prefix")
+    assert reranker.stdout.splitlines()[1] == (
+        "  score    it is a bare language model, so a reranker; its prompt is Qwen3-Reranker's"
     )
+    assert "it is taken for a reranker; if it is an embedding model, give --task embed" in reranker.stderr
     gte = add("gte")
     assert "its tokens look both ways: config.json names gte-Qwen2's code" in gte.stderr
     assert "modeling_qwen" not in add("gte", "--name", "causal", "--causal").stderr

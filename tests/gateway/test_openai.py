@@ -112,6 +112,7 @@ async def test_an_item_that_was_cut_says_so(client):
         ({"prompt": "", "dimensions": 4}, {"prompt": "", "dimensions": 4}),
         ({"instruction": "Find it"}, {"instruction": "Find it"}),
         ({"instruction": ""}, {}),
+        ({"instruct": "ignored by a model without instructions"}, {}),
     ],
 )
 async def test_extras_become_request_parameters(client, inference, fields, parameters):

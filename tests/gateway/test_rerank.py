@@ -263,6 +263,8 @@ async def test_bad_scores(client, body, text):
         ("/v2/rerank", QUESTION),
         ("/rerank", {"query": "a", "texts": ["b"]}),
         ("/v1/score", {"text_1": "a", "text_2": ["b", "c"]}),
+        ("/v1/classifier", {"input": [["a", "b"]]}),
+        ("/v1/classify", {"input": [["a", "b"]]}),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["b", "c"]}),
     ],
 )
@@ -282,6 +284,20 @@ async def test_instruct_is_not_looked_at_by_models_without_instructions(client, 
         assert "instruction" not in inference.calls[-1][1]
     await post(client, "/v1/rerank", {**QUESTION, "instruction": "Find it"})
     assert inference.calls[-1][1]["instruction"] == "Find it"
+
+
+async def test_only_documents_are_cut_of_an_embedding_model(client, inference):
+    body = {**QUESTION, "model": "org/tiny", "truncate_only_documents": True}
+    await post(client, "/v1/rerank", body)
+    told = {
+        items[0]: parameters["truncation"]
+        for items, parameters in inference.calls
+        if len(items) != 1 or items[0] == b"abc"
+    }
+    assert told == {
+        b"abc": "error",
+        b"xyz": "right",
+    }
 
 
 async def test_two_names_of_an_instruction(client):
