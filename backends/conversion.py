@@ -23,7 +23,8 @@ Rows = npt.NDArray[np.float32]
 # Two vectors of a thousand numbers that have nothing to do with each other have a cosine of 0.1 at most; fine
 # tuning changes a head by little.
 _LEAST_COSINE = 0.5
-_EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight")
+EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight")
+"""What a decoder's checkpoint may call its word embeddings."""
 _FORMATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
@@ -41,7 +42,7 @@ def is_made_of_words(checkpoint: Checkpoint, true: str | int, false: str | int |
     rows = next(
         (
             found
-            for name in _EMBEDDINGS
+            for name in EMBEDDINGS
             if (found := _read(checkpoint.transformer_path, name, known)) is not None
         ),
         None,

@@ -14,6 +14,7 @@ import torch
 
 from backends import layers
 from backends.checkpoint import Checkpoint
+from backends.conversion import EMBEDDINGS
 from backends.errors import CheckpointError
 from backends.head_weights import HeadWeights
 from backends.ragged import Ragged
@@ -24,7 +25,6 @@ from backends.weights import read_rows, tensor_names
 DECODERS = ("gemma", "llama", "mistral", "qwen2", "qwen3")
 """Values of config.json's model_type whose classifier is a `score` over the last token."""
 _HEADS = ("lm_head.weight",)
-_EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight")
 # Classes of transformers whose config.json need not say that the two are one.
 _TIED = ("gemma",)
 
@@ -49,7 +49,7 @@ def load_words(checkpoint: Checkpoint, prompt: RerankPrompt, device: torch.devic
     is_tied = checkpoint.config.get("tie_word_embeddings", checkpoint.model_type in _TIED)
     known = tensor_names(folder)
     # Some checkpoints that tie nothing lack the head all the same.
-    names = (*_EMBEDDINGS, *_HEADS) if is_tied else (*_HEADS, *_EMBEDDINGS)
+    names = (*EMBEDDINGS, *_HEADS) if is_tied else (*_HEADS, *EMBEDDINGS)
     name = next((name for name in names if name in known), None)
     if name is None:
         raise CheckpointError(f"{folder} lacks {_HEADS[0]}, a weight of its language model's head")

@@ -76,7 +76,7 @@ class PackedForward:
             key_lengths=None if key_lengths is None else key_lengths.tolist(),
             prefixes=None if segments is None else segments.prefixes,
             on_attention=self._count,
-            **self.family.forward_arguments,
+            **self.family.call_arguments,
             **arguments,
         )
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
@@ -94,7 +94,7 @@ class PaddedForward:
     def __init__(self, model: torch.nn.Module, family: Family, config: dict[str, Any]) -> None:
         self.model = model
         self.device = next(model.parameters()).device
-        self.arguments = family.forward_arguments
+        self.arguments = family.call_arguments
         self.pad_id = int(config.get("pad_token_id") or 0)
 
     def __call__(

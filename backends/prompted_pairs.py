@@ -115,8 +115,9 @@ class PromptedPairs:
     def _cap(self, pair: tuple[str, str], settings: TokenizerSettings) -> tuple[str, str]:
         """Both texts as far as the caps of the request let them stand."""
         caps = settings.max_query_tokens, settings.max_document_tokens
+        side = "left" if settings.truncation == "left" else "right"
         query, document = (
-            text if cap is None else self.tokenizer.cut(text, cap, "right")
+            text if cap is None else self.tokenizer.cut(text, cap, side)
             for text, cap in zip(pair, caps, strict=True)
         )
         return query, document

@@ -64,7 +64,12 @@ class TemplatePairs:
                 f"max_tokens is {limit}, which leaves no room for a pair; give at least "
                 f"{self.template.count + 2}",
             )
-        a, b = first[0][: settings.max_query_tokens], second[0][: settings.max_document_tokens]
+        side = _last if settings.truncation == "left" else _first
+        a, b = first[0], second[0]
+        if settings.max_query_tokens is not None:
+            a = side(a, settings.max_query_tokens)
+        if settings.max_document_tokens is not None:
+            b = side(b, settings.max_document_tokens)
         # A cap that the request asks for cuts nothing that it does not want cut, but it does cut.
         is_capped = len(a) < len(first[0]) or len(b) < len(second[0])
         unread = (first[1] if len(a) == len(first[0]) else 0, second[1] if len(b) == len(second[0]) else 0)
@@ -82,7 +87,6 @@ class TemplatePairs:
             # is.
             known = (len(a) + unread[0], len(b) + unread[1])
             sizes = _pair_sizes(*known, room, limit, settings.truncation)
-            side = _last if settings.truncation == "left" else _first
             a, b = side(a, sizes[0]), side(b, sizes[1])
         whole, n_second = self.template.join(a, b)
         return Tokens(whole, 0, is_over or is_capped, 0, n_second)

@@ -78,7 +78,7 @@ class Family:
     load_arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of from_pretrained besides the usual ones."""
     forward_arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of forward besides the usual ones."""
+    """The family's own keyword arguments of forward."""
     native_config: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda config: None
     """A config.json that transformers would misread -> the arguments of its own configuration; None for one
     that it reads right. Raises CheckpointError for a value that would change the numbers.
@@ -87,6 +87,12 @@ class Family:
     """What is left to do to a loaded model, given config.json."""
     unsupported_dtypes: tuple[str, ...] = ()
     """Values of the option dtype with which the numbers overflow."""
+
+    @property
+    def call_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of forward besides the usual ones."""
+        # A cache of keys and values would be built, copied and thrown away.
+        return {**({"use_cache": False} if self.is_decoder else {}), **self.forward_arguments}
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,6 +9,5 @@ FAMILY = Family(
     name="gemma",
     model_types=("gemma",),
     is_decoder=True,
-    forward_arguments={"use_cache": False},
     unsupported_dtypes=("float16",),
 )

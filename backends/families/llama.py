@@ -6,6 +6,5 @@ FAMILY = Family(
     name="llama",
     model_types=("llama",),
     is_decoder=True,
-    forward_arguments={"use_cache": False},
     instruction=INSTRUCT,
 )

@@ -6,7 +6,5 @@ FAMILY = Family(
     name="mistral",
     model_types=("mistral",),
     is_decoder=True,
-    # A cache of keys and values would be built, copied and thrown away.
-    forward_arguments={"use_cache": False},
     instruction=INSTRUCT,
 )

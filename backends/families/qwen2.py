@@ -41,7 +41,6 @@ FAMILY = Family(
     bidirectional_names=(_BIDIRECTIONAL_NAME,),
     is_decoder=True,
     own_causality=_own_causality,
-    forward_arguments={"use_cache": False},
     instruction=INSTRUCT,
     last_token=lambda config: "<|endoftext|>" if is_gte(config) else None,
 )

@@ -11,6 +11,5 @@ FAMILY = Family(
     model_types=("qwen3",),
     other_names=("qwen_3",),
     is_decoder=True,
-    forward_arguments={"use_cache": False},
     instruction="Instruct: {}\nQuery:",
 )

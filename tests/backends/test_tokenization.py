@@ -302,6 +302,11 @@ def test_caps_of_queries_and_documents(minilm):
     pair = ("word " * 9, "word " * 9)
     (row,) = encode_pairs(minilm, pair, max_query_tokens=3, max_document_tokens=4)
     assert (row.first_length, row.n_second, row.is_truncated) == (5, 5, True)
+    count = ("a query", "one two three four five six")
+    (whole,) = encode_pairs(minilm, count)
+    (left,) = encode_pairs(minilm, count, max_document_tokens=4, truncation="left")
+    (right,) = encode_pairs(minilm, count, max_document_tokens=4)
+    assert left.ids[-5:].tolist() == whole.ids[-5:].tolist() != right.ids[-5:].tolist()
     (row,) = encode_pairs(minilm, pair, max_tokens=10, truncation="right")
     assert len(row.ids) == 10
     with pytest.raises(

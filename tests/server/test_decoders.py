@@ -314,7 +314,7 @@ def test_what_is_refused(serving, path, body, text):
     assert text in json.dumps(answer)
 
 
-def test_the_shapes_of_qwen3_embedding_stay_within_two_gigabytes(tmp_path):
+def test_the_shapes_of_qwen3_embedding_stay_within_two_gigabytes(tmp_path, record_property):
     models.add(
         tmp_path / "models",
         str(decoders.qwen3_embedding_shapes(tmp_path / "c")),
@@ -333,4 +333,4 @@ def test_the_shapes_of_qwen3_embedding_stay_within_two_gigabytes(tmp_path):
         status = Path(f"/proc/{pid}/status").read_text()
         (peak,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
         assert peak < 2 * 2**20, f"{peak / 2**20:.2f} GB"
-        print(f"the encoder's process took {peak / 2**20:.2f} GB at most")  # noqa: T201
+        record_property("the encoder's process, GB", round(peak / 2**20, 2))
