@@ -15,6 +15,7 @@ from typing import Any
 
 from backends.errors import CheckpointError
 from backends.json_file import read_json
+from backends.model_config import hidden_size, language_config, positions
 from backends.weight_files import check_weights
 
 # The first of these that exists holds the settings of the Transformer module.
@@ -33,6 +34,8 @@ _TOKENIZERS = (
 )
 # What a chain of modules may begin with: the names of one module in several versions.
 _TRANSFORMERS = ("Transformer", "MLMTransformer")
+# Models of texts and images, by config.json's model_type.
+_MULTIMODAL = ("clip", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Packages whose classes are known here by name; a class of any other module is the checkpoint's own code.
 _KNOWN_PACKAGES = ("sentence_transformers", "pylate")
 # What checkpoints call their prompts for queries and for documents.
@@ -100,13 +103,23 @@ class Checkpoint:
         return str((self.config.get("architectures") or [""])[0])
 
     @property
+    def language_config(self) -> dict[str, Any]:
+        """config.json, or the part of it that is about texts."""
+        return language_config(self.config)
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether it is a model of texts and images."""
+        return self.model_type in _MULTIMODAL
+
+    @property
     def hidden_size(self) -> int:
-        return int(_hidden_size(self.config))
+        return int(hidden_size(self.config))
 
     @property
     def positions(self) -> int | None:
         """Positions that the model has, those of padding included; None where it does not tell."""
-        return _positions(self.config)
+        return positions(self.config)
 
     @property
     def sentence_model_type(self) -> str:
@@ -171,9 +184,10 @@ class Checkpoint:
         declared = _declared_modules(path)
         transformer_path = path / declared[0][1] if declared else path
         config = read_json(transformer_path / "config.json", required=True)
+        _check_transformer(path, declared, config)
         if not isinstance(config.get("architectures") or [], list):
             raise CheckpointError(f"{transformer_path / 'config.json'}: architectures is no list")
-        if not isinstance(_hidden_size(config), int):
+        if not isinstance(hidden_size(config), int):
             raise CheckpointError(f"{transformer_path / 'config.json'} has no hidden_size")
         check_weights(transformer_path)
         if not any((transformer_path / name).is_file() for name in _TOKENIZERS):
@@ -214,16 +228,6 @@ class Checkpoint:
         return made
 
 
-def _hidden_size(config: Mapping[str, Any]) -> Any:
-    """DistilBERT calls it dim, Nomic BERT n_embd."""
-    return next((config[name] for name in ("hidden_size", "dim", "n_embd") if name in config), None)
-
-
-def _positions(config: Mapping[str, Any]) -> int | None:
-    declared = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
-    return declared if declared > 0 else None
-
-
 def _declared_modules(path: Path) -> list[tuple[str, str, str]]:
     """(kind, folder, dotted type) of every entry of modules.json, the Transformer first; empty
     without the file.
@@ -236,22 +240,34 @@ def _declared_modules(path: Path) -> list[tuple[str, str, str]]:
         declared = [(e["type"].rsplit(".", 1)[-1], str(e.get("path") or ""), e["type"]) for e in entries]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is not a list of modules with a type and a path: {error!r}") from error
-    if not declared or declared[0][0] not in _TRANSFORMERS:
-        first = declared[0][2] if declared else "nothing"
-        raise CheckpointError(
-            f"{file} begins with {first}; only chains that begin with a Transformer can be served"
-        )
+    if not declared:
+        raise CheckpointError(f"{file} is empty; only chains that begin with a Transformer can be served")
     for i, (_, folder, dotted) in enumerate(declared):
         if Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise CheckpointError(f"{file} has the path {folder!r}, which leads out of the checkpoint")
         is_known = dotted.split(".")[0] in _KNOWN_PACKAGES
-        if not is_known and (i == 0 or _own_code(path, dotted) is None):
+        if not is_known and i and _own_code(path, dotted) is None:
             raise CheckpointError(
                 f"{file} names {dotted}, which is not served: a module may be of "
                 f"{', '.join(_KNOWN_PACKAGES)} or, behind the Transformer, a class in a .py file of the "
                 "checkpoint"
             )
     return declared
+
+
+def _check_transformer(path: Path, declared: list[tuple[str, str, str]], config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a chain that begins with anything but a Transformer.
+
+    Models of texts and images may bring one of their own, which is not run: their family does its work.
+    """
+    for kind, _, dotted in declared[:1]:
+        is_known = dotted.split(".")[0] in _KNOWN_PACKAGES and kind in _TRANSFORMERS
+        is_own = config.get("model_type") in _MULTIMODAL and kind.endswith(("Transformer", "CLIPModel"))
+        if not is_known and not is_own:
+            raise CheckpointError(
+                f"{path / 'modules.json'} begins with {dotted}; only chains that begin with a Transformer of "
+                f"{', '.join(_KNOWN_PACKAGES)} can be served"
+            )
 
 
 def _modules(
@@ -271,7 +287,13 @@ def _modules(
             # It does nothing outside training.
             if kind != "Dropout" or _own_code(path, dotted) is not None
         )
+        if config.get("model_type") == "clip" and not any(module.kind == "Pooling" for module in chain):
+            # CLIP pools itself, and so does sentence-transformers' module for it.
+            chain = (Module("Pooling", path, {"pooling_mode": "lasttoken"}), *chain)
         return chain, ()
+    if config.get("model_type") in _MULTIMODAL:
+        last = Module("Pooling", path / "1_Pooling", {"pooling_mode": "lasttoken"})
+        return (last, Module("Normalize", path / "2_Normalize")), ()
     pooling = path / "1_Pooling"
     if (pooling / "config.json").is_file():
         note = "it has no modules.json: its embeddings are pooled as 1_Pooling says, and not normalised"
@@ -309,11 +331,11 @@ def _own_code(path: Path, dotted: str) -> Path | None:
 def _max_length(
     path: Path, config: Mapping[str, Any], transformer: Mapping[str, Any], wanted: int | None
 ) -> int:
-    positions = _positions(config) or NO_LIMIT
+    most = positions(config) or NO_LIMIT
     declared = transformer.get("max_seq_length")
     if declared is None:
         declared = read_json(path / "tokenizer_config.json").get("model_max_length")
-    own = min(int(declared) if declared is not None else NO_LIMIT, positions)
+    own = min(int(declared) if declared is not None else NO_LIMIT, most)
     if wanted is None and own >= NO_LIMIT:
         raise CheckpointError(f"{path} does not tell how long a text may be; give --max-length")
     return own if wanted is None else wanted

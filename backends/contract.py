@@ -1,7 +1,8 @@
 """Everything that the gateway, the stages and a direct tritonclient user may say to each other.
 
-Shape letters: n items of one request, t packed tokens, h hidden size, d output size. One client request is
-one batch element of the encoder and the heads, so nothing on the wire is ever padded:
+Shape letters: n items of one request, t packed tokens, h hidden size, d output size, m images of one request,
+k images of one item, p packed patches. One client request is one batch element of the encoder and the heads,
+so nothing on the wire is ever padded:
 
     text [n, k] -> tokenizer -> input_ids [1, t], length [1, n] -> encoder -> hidden [1, t, h] -> heads:
         dense               [n, d]
@@ -12,6 +13,16 @@ one batch element of the encoder and the heads, so nothing on the wire is ever p
 
 Where all heads of a pipeline read one token of each text only, the encoder gives last_hidden [1, n, h]
 instead of hidden.
+
+A model of texts and images has a second ensemble, `multimodal_name`, over the same entries. An item is then a
+text, images, or both; of what it lacks its element is empty:
+
+    image [n, k] -> image stage -> patches [1, p, c], image_grid [n, k, 3]
+    text [n, 1], image_grid -> tokenizer -> input_ids [1, t], length [1, n], grid [1, m, 3]
+    input_ids, length, patches, grid -> encoder
+
+The encoder reads `patches` and `grid` of every request, so that texts and images share its batches: of a
+request for the first ensemble, which has no image stage, the tokenizer gives them, and they are empty.
 
 Answers of different length per item lie end to end in one row, beside the count of each item.
 
@@ -31,6 +42,14 @@ from enum import StrEnum
 import numpy as np
 
 TEXT = "text"
+IMAGE = "image"
+"""Encoded image files [n, k], as they lie on a disk; empty where an item has no image, or fewer."""
+PATCHES = "patches"
+"""uint8 [1, p, c]: the patches of all images end to end, each the red, green and blue values of a square."""
+IMAGE_GRID = "image_grid"
+"""int32 [n, k, 3]: patches of each image along time, height and width; zeros where there is none."""
+GRID = "grid"
+"""int32 [1, m, 3]: the same of the images that are there, in the order of the items."""
 INPUT_IDS = "input_ids"
 LENGTH = "length"
 LAST_HIDDEN = "last_hidden"
@@ -174,6 +193,12 @@ class PipelineParameter(StrEnum):
     """"true" where the model's makers give a probability, not a logit."""
     LABEL_ACTIVATION = "label_activation"
     """The same for probabilities of labels."""
+    MODALITIES = "modalities"
+    """text, or text,image where the second ensemble (multimodal_name) is there."""
+    FUSES = "fuses"
+    """"true" where one item may hold a text and images, or several images."""
+    MAX_IMAGE_TOKENS = "max_image_tokens"
+    """Tokens that one image takes at most."""
     DTYPE = "dtype"
     TRUNCATION = "truncation"
     """What happens to a text over the limit when the request does not say."""
@@ -194,6 +219,7 @@ class ErrorCode(StrEnum):
     INVALID_INSTRUCTION = "invalid_instruction"
     INVALID_DIMENSIONS = "invalid_dimensions"
     INVALID_TOP_K = "invalid_top_k"
+    INVALID_IMAGE = "invalid_image"
     INTERNAL = "internal"
 
 
@@ -238,6 +264,8 @@ class TensorSpec:
     dims: tuple[int, ...]
     is_ragged: bool = False
     """Inputs only: requests of different lengths may share a batch."""
+    is_optional: bool = False
+    """Inputs only: it may be absent. Requests with and without it do not share a batch."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +295,8 @@ class PipelineSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     stages: tuple[StageSpec, ...]
+    image_stage: StageSpec | None = None
+    """Of a model of texts and images: the first step of its second ensemble, before all others."""
     parameters: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What had to be guessed of the checkpoint, for the person who serves it."""
@@ -277,3 +307,8 @@ class PipelineSpec:
 def entry_name(pipeline: str, stage: str) -> str:
     """Name of a stage's entry in the model repository."""
     return f"{pipeline}.{stage}"
+
+
+def multimodal_name(pipeline: str) -> str:
+    """Name of the ensemble that takes images beside texts, with the same outputs as the pipeline's own."""
+    return f"{pipeline}.multimodal"

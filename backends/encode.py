@@ -10,6 +10,7 @@ import torch
 from backends import shared_prefix
 from backends.forward import Forward, Segments
 from backends.ragged import Lengths, Ragged, cut_by_budget, positions
+from backends.vision import Seen
 
 
 def encode(
@@ -20,12 +21,13 @@ def encode(
     key_lengths: Lengths | None = None,
     first_lengths: Lengths | None = None,
     rows: Lengths | None = None,
+    seen: Seen | None = None,
 ) -> torch.Tensor:
     """hidden [t, h] of all sequences in the order in which they came, in passes of at most
     `max_batch_tokens`.
 
     With `rows` [r], ascending, of these tokens only: [r, h]. A sequence that is longer than a pass runs in
-    one of its own. Padded, the padding counts. `input_ids` are on the host.
+    one of its own. Padded, the padding counts. `input_ids` are on the host. `seen` is what stands for images.
     """
     ids = input_ids.values.numpy()
     count = len(ids) if rows is None else len(rows)
@@ -34,9 +36,9 @@ def encode(
     if rows is not None:
         slots[rows] = np.arange(count)
     if forward.shares_prefixes and key_lengths is None and first_lengths is None:
-        passes = _shared_passes(forward, input_ids, max_batch_tokens)
+        passes = _shared_passes(forward, input_ids, max_batch_tokens, seen)
     else:
-        passes = _passes(forward, input_ids, max_batch_tokens, key_lengths, first_lengths)
+        passes = _passes(forward, input_ids, max_batch_tokens, key_lengths, first_lengths, seen)
     hidden: torch.Tensor | None = None
     for out, tokens, sources in passes:
         if hidden is None:
@@ -67,6 +69,7 @@ def _passes(
     max_batch_tokens: int,
     key_lengths: Lengths | None,
     first_lengths: Lengths | None,
+    seen: Seen | None,
 ) -> _Passes:
     orders = cut_by_budget(
         input_ids.lengths, max_batch_tokens, ties=key_lengths, is_padded=not forward.is_packed
@@ -77,11 +80,18 @@ def _passes(
         keys = None if key_lengths is None else key_lengths[order]
         firsts = None if first_lengths is None else first_lengths[order]
         values = input_ids.values[torch.from_numpy(tokens)].to(forward.device)
-        yield forward(Ragged(values, lengths), keys, firsts), tokens, None
+        images = None if seen is None else seen.of(tokens)
+        yield forward(Ragged(values, lengths), keys, firsts, images=images), tokens, None
 
 
-def _shared_passes(forward: Forward, input_ids: Ragged, max_batch_tokens: int) -> _Passes:
-    for one in shared_prefix.plan(input_ids.values.numpy(), input_ids.lengths, max_batch_tokens):
-        values = torch.from_numpy(one.ids).to(forward.device)
+def _shared_passes(forward: Forward, input_ids: Ragged, max_batch_tokens: int, seen: Seen | None) -> _Passes:
+    names = input_ids.values.numpy()
+    if seen is not None:
+        # Two images have the same ids, and are not the same: no token of an image is like any other.
+        names = np.where(seen.slots >= 0, -1 - seen.slots, names)
+    for one in shared_prefix.plan(names, input_ids.lengths, max_batch_tokens):
+        values = input_ids.values[torch.from_numpy(one.row)].to(forward.device)
         segments = Segments(one.starts, one.prefixes) if one.shares else None
-        yield forward(Ragged(values, one.lengths), segments=segments), one.tokens, one.sources
+        images = None if seen is None else seen.of(one.row)
+        out = forward(Ragged(values, one.lengths), segments=segments, images=images)
+        yield out, one.tokens, one.sources

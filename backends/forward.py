@@ -10,6 +10,7 @@ import torch
 
 from backends.families.base import Family
 from backends.ragged import Lengths, Ragged
+from backends.vision import SeenRow
 from kernels import packed_attention
 
 
@@ -17,9 +18,10 @@ class Forward(Protocol):
     """input_ids int64 [t] -> hidden [t, h] in the model's dtype, on the model's device.
 
     `key_lengths` [n] says how many tokens at the beginning of each sequence are looked at, `first_lengths`
-    [n] how many belong to the first text of a pair; None is all.
+    [n] how many belong to the first text of a pair; None is all. `images` stand for some of the tokens.
     """
 
+    model: torch.nn.Module
     is_packed: bool
     shares_prefixes: bool
     """Whether it may be given segments that go on from others."""
@@ -31,6 +33,7 @@ class Forward(Protocol):
         key_lengths: Lengths | None = None,
         first_lengths: Lengths | None = None,
         segments: Segments | None = None,
+        images: SeenRow | None = None,
     ) -> torch.Tensor: ...
 
 
@@ -63,11 +66,17 @@ class PackedForward:
         key_lengths: Lengths | None = None,
         first_lengths: Lengths | None = None,
         segments: Segments | None = None,
+        images: SeenRow | None = None,
     ) -> torch.Tensor:
         places = input_ids.positions + self.position_offset
         if segments is not None:
             places = places + torch.from_numpy(segments.starts).to(places.device)[input_ids.segments]
         arguments: dict[str, Any] = {"position_ids": places[None]}
+        if images is not None:
+            arguments.update(image_states=images.states, image_places=images.places)
+            if images.positions is not None:
+                # [3, 1, u]: they count from the beginning of each whole sequence already.
+                arguments["position_ids"] = images.positions[:, None]
         if self.family.has_token_types:
             arguments["token_type_ids"] = _token_types(input_ids, first_lengths)[None]
         output = self.model(
@@ -103,9 +112,10 @@ class PaddedForward:
         key_lengths: Lengths | None = None,
         first_lengths: Lengths | None = None,
         segments: Segments | None = None,
+        images: SeenRow | None = None,
     ) -> torch.Tensor:
-        if segments is not None:
-            raise ValueError("a padded pass has no segments")
+        if segments is not None or images is not None:
+            raise ValueError("a padded pass has no segments and no images")
         rows = input_ids.split()
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         own = _mask(input_ids.lengths, ids)

@@ -15,7 +15,18 @@ WIRE_DTYPES = {"auto": "FP32", "float32": "FP32", "bfloat16": "BF16", "float16":
 """The data type in which hidden states travel to the heads, by the option dtype. What `auto` computes in
 depends on the machine, but an entry must mean the same on every machine, so it travels in the widest one."""
 
+CHAT_TEMPLATES = ("gme-qwen2-vl", "qwen3-vl-embedding")
+IMAGE_POSITIONS = ("mrope", "plain")
 RERANK_PROMPTS = ("none", "qwen3", "bge-gemma", "mxbai", "chat-template")
+_COUNTS = (
+    "max_batch_tokens",
+    "max_batch_size",
+    "max_length",
+    "threads",
+    "instances",
+    "min_image_tokens",
+    "max_image_tokens",
+)
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -55,6 +66,14 @@ class ServingOptions:
     chat-template; None is what the checkpoint tells."""
     share_prefix: bool = True
     """Of a causal decoder, whether what several texts of a batch begin with is computed once."""
+    chat_template: str | None = None
+    """The prompt of a model of texts and images: gme-qwen2-vl or qwen3-vl-embedding; None is its family's."""
+    image_positions: str = "mrope"
+    """Of a model of texts and images, the positions of image tokens: mrope (time, height and width) or plain
+    (as words, which GME's own code does)."""
+    min_image_tokens: int | None = None
+    """Tokens that one image takes at least, and at most; None is what the checkpoint says."""
+    max_image_tokens: int | None = None
     trust_remote_code: bool = False
     """Whether code that a checkpoint brings may run."""
 
@@ -69,7 +88,15 @@ class ServingOptions:
             raise OptionError(
                 f"rerank_prompt is {self.rerank_prompt!r}; it takes one of {', '.join(RERANK_PROMPTS)}"
             )
-        for name in ("max_batch_tokens", "max_batch_size", "max_length", "threads", "instances"):
+        if self.chat_template not in (None, *CHAT_TEMPLATES):
+            raise OptionError(
+                f"chat_template is {self.chat_template!r}; it takes one of {', '.join(CHAT_TEMPLATES)}"
+            )
+        if self.image_positions not in IMAGE_POSITIONS:
+            raise OptionError(
+                f"image_positions is {self.image_positions!r}; it takes one of {', '.join(IMAGE_POSITIONS)}"
+            )
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} is {value}; it takes a number of at least 1")

@@ -16,10 +16,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError
 from backends.families.base import Family
 from backends.forward import Forward, PackedForward, PaddedForward, Segments, register_attention
+from backends.model_config import vision_config
 from backends.ragged import Ragged
+from backends.vision import Images, Sees, see
 from kernels import packed_attention
 
 logger = logging.getLogger(__name__)
@@ -115,6 +118,33 @@ def _check_sharing(forward: PackedForward) -> float:
         alone = [forward(Ragged.pack([one])).float() for one in (first, second)]
     whole = torch.cat([alone[0], alone[1][shared:]])
     return float(torch.linalg.vector_norm(together - whole) / torch.linalg.vector_norm(whole))
+
+
+def check_seeing(model: Sees, checkpoint: Checkpoint, *, is_item: bool) -> None:
+    """Two images together must give what each gives alone; `is_item` where all images have one size.
+
+    Raises CheckpointError.
+    """
+    config = vision_config(checkpoint.config)
+    side = int(config["image_size"]) // int(config["patch_size"]) if is_item else 4
+    grids = np.array([(1, side, side), (1, side, side if is_item else 2 * side)])
+    counts = grids.prod(axis=1)
+    channels = 3 * int(config["patch_size"]) ** 2
+    noise = torch.arange(int(counts.sum()) * channels) * 7919 % 251
+    images = Images(noise.to(torch.uint8).view(-1, channels), grids)
+    alone = [Images(images.patches[: counts[0]], grids[:1]), Images(images.patches[counts[0] :], grids[1:])]
+    with torch.inference_mode():
+        together = see(model, images, int(counts.sum()))
+        apart = torch.cat([see(model, one, int(counts.sum())) for one in alone])
+    error = float(
+        torch.linalg.vector_norm((together - apart).float()) / torch.linalg.vector_norm(apart.float())
+    )
+    if not error <= _TOLERANCE[together.dtype]:
+        raise CheckpointError(
+            f"{checkpoint.path} sees an image differently beside others (relative error {error:.2g}): it "
+            "cannot "
+            "be served right"
+        )
 
 
 def _check_ids(forward: PackedForward | PaddedForward, count: int) -> torch.Tensor:

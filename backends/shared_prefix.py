@@ -35,8 +35,8 @@ _MAX_DEPTH = 8
 class Pass:
     """One forward pass over segments: whole sequences, or parts of them."""
 
-    ids: Ids
-    """[u] token ids of all segments end to end."""
+    row: Ids
+    """[u] places in the batch of the tokens of all segments end to end."""
     lengths: Ids
     """[s] tokens of each segment."""
     starts: Ids
@@ -70,10 +70,10 @@ def plan(ids: Ids, lengths: Ids, max_tokens: int, min_shared: int = MIN_SHARED) 
     start, total = 0, 0
     for end, tree in enumerate(trees):
         if end > start and total + tree.size > max_tokens:
-            yield _join(ids, offsets, trees[start:end])
+            yield _join(offsets, trees[start:end])
             start, total = end, 0
         total += tree.size
-    yield _join(ids, offsets, trees[start:])
+    yield _join(offsets, trees[start:])
 
 
 def _alike(ids: Ids, offsets: Ids, min_shared: int) -> list[list[int]]:
@@ -168,7 +168,7 @@ class _Tree:
         return len(self.segments) - 1
 
 
-def _join(ids: Ids, offsets: Ids, trees: Sequence[_Tree]) -> Pass:
+def _join(offsets: Ids, trees: Sequence[_Tree]) -> Pass:
     """The segments of trees in one packed row, those side by side that run as one batch."""
     segments = [(tree, i) for tree in range(len(trees)) for i in range(len(trees[tree].segments))]
 
@@ -188,7 +188,7 @@ def _join(ids: Ids, offsets: Ids, trees: Sequence[_Tree]) -> Pass:
     for tree, i in segments:
         segment = trees[tree].segments[i]
         begin = int(offsets[segment.sequence])
-        rows.append(ids[begin + segment.start : begin + segment.stop])
+        rows.append(np.arange(begin + segment.start, begin + segment.stop))
         starts.append(segment.start)
         prefixes.append(tuple(places[tree, parent] for parent in segment.above))
     tokens: list[Ids] = []

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 from tokenizers import Encoding
 
+from backends.chat_prompt import ChatPrompt
 from backends.checkpoint import Checkpoint
 from backends.contract import MAX_CHARS_PER_TOKEN, TOKEN_DTYPE, ErrorCode
 from backends.errors import CheckpointError, RequestError
@@ -47,6 +48,13 @@ class Tokens:
     """Tokens at the end that the others do not look at."""
     n_second: int = 0
     """Tokens at the end that belong to the second text of a pair."""
+    computed: int | None = None
+    """Tokens that the model computes, where that is another number than that of the ids."""
+
+    @property
+    def count(self) -> int:
+        """What a client is told."""
+        return len(self.ids) if self.computed is None else self.computed
 
     @property
     def first_length(self) -> int:
@@ -75,9 +83,11 @@ class TextTokenizer:
         late: LateInteraction | None = None,
         most_tokens: int | None = None,
         last_token: str | None = None,
+        chat: ChatPrompt | None = None,
     ) -> None:
         """`max_length` bounds a text, and `most_tokens` one whose role has a length of its own; `last_token`
-        belongs behind every text although the tokenizer's files do not say so.
+        belongs behind every text although the tokenizer's files do not say so. What stands behind the items
+        of a `chat` takes the place of special tokens.
         """
         self.checkpoint = checkpoint
         self.max_length = max_length
@@ -87,8 +97,11 @@ class TextTokenizer:
         if late is not None:
             keep_whole(self.tokenizer, late.marks)
         known = self.tokenizer.get_vocab_size(with_added_tokens=True)
-        self.vocab_size = min(known, int(checkpoint.config.get("vocab_size") or known))
+        self.vocab_size = min(known, int(checkpoint.language_config.get("vocab_size") or known))
         self.prefix, self.suffix = special_tokens(self.tokenizer, checkpoint, last_token)
+        if chat is not None:
+            behind = self.tokenizer.encode(chat.behind, add_special_tokens=False).ids
+            self.prefix, self.suffix = np.empty(0, np.int32), np.array(behind, np.int32)
         self.expansion = late.expansion if late is not None else None
         if self.expansion is not None:
             self.expansion_id = expansion_id(self.tokenizer, checkpoint, self.expansion)
@@ -97,7 +110,7 @@ class TextTokenizer:
                 f"max_length is {max_length}, which special tokens fill; give at least "
                 f"{max_length + 1 - self._room(None)}"
             )
-        self._prompt_ids = lru_cache(maxsize=256)(self._encode_prompt)
+        self.prompt_ids = lru_cache(maxsize=256)(self._encode_prompt)
         self.repeated = lru_cache(maxsize=64)(self._encode_text)
 
     def limit(self, role: str | None) -> int:
@@ -117,25 +130,25 @@ class TextTokenizer:
 
         Raises RequestError, which names the first item at fault.
         """
-        self._check_prompt(settings)
+        self.check_prompt(settings)
         if settings.has_ids:
             return [self._from_ids(i, item, settings) for i, item in enumerate(items)]
         texts = [decode_text(i, item) for i, item in enumerate(items)]
-        rows = self._encode_texts([settings.prompt + text for text in texts], settings)
-        return [self._wrap(i, *row, settings) for i, row in enumerate(rows)]
+        rows = self.encode_texts([settings.prompt + text for text in texts], settings)
+        return [self.wrap(i, *row, settings) for i, row in enumerate(rows)]
 
-    def _check_prompt(self, settings: TokenizerSettings) -> None:
+    def check_prompt(self, settings: TokenizerSettings) -> None:
         """A prompt is never truncated: without its end it would be another one."""
         prompt, room = settings.prompt, self._room(settings.role)
         is_too_long = len(prompt) > room * MAX_CHARS_PER_TOKEN
-        if is_too_long or (prompt and len(self._prompt_ids(prompt)) >= room):
+        if is_too_long or (prompt and len(self.prompt_ids(prompt)) >= room):
             raise RequestError(
                 ErrorCode.INVALID_INSTRUCTION if settings.instruction else ErrorCode.INVALID_PROMPT,
                 f"the prompt of {len(prompt)} characters leaves no room for a text: this model takes "
                 f"{self.limit(settings.role)} tokens in all",
             )
 
-    def _encode_texts(self, texts: list[str], settings: TokenizerSettings) -> list[tuple[TokenIds, int]]:
+    def encode_texts(self, texts: list[str], settings: TokenizerSettings) -> list[tuple[TokenIds, int]]:
         """(ids without special tokens, number of characters that were not looked at) of each text."""
         room = self._room(settings.role)
         window = room * _WINDOW_CHARS_PER_TOKEN
@@ -161,7 +174,7 @@ class TextTokenizer:
 
     def bare(self, texts: list[str], truncation: str) -> list[tuple[TokenIds, int]]:
         """(ids without special tokens, number of characters that were not looked at) of each text."""
-        return self._encode_texts(texts, TokenizerSettings(truncation=truncation))
+        return self.encode_texts(texts, TokenizerSettings(truncation=truncation))
 
     def _encode_text(self, text: str, truncation: str) -> tuple[TokenIds, int]:
         """One text, as bare() has it."""
@@ -181,10 +194,10 @@ class TextTokenizer:
 
     def _from_ids(self, index: int, item: bytes, settings: TokenizerSettings) -> Tokens:
         ids = self._without_special_tokens(self._read_ids(index, item, self.vocab_size))
-        prompt = np.array(self._prompt_ids(settings.prompt), np.int32)
+        prompt = np.array(self.prompt_ids(settings.prompt), np.int32)
         # Ids that come from here hold a late interaction model's mark already.
         has_mark = self.late is not None and ids[: len(prompt)].tolist() == prompt.tolist()
-        return self._wrap(index, ids if has_mark else np.concatenate([prompt, ids]), 0, settings)
+        return self.wrap(index, ids if has_mark else np.concatenate([prompt, ids]), 0, settings)
 
     def _read_ids(self, index: int, item: bytes, vocab_size: int) -> TokenIds:
         if len(item) % TOKEN_DTYPE.itemsize:
@@ -208,7 +221,7 @@ class TextTokenizer:
         """The tokens of texts, or of ids, without any limit of the model. Raises RequestError."""
         if settings.has_ids:
             # A model may have more ids than its tokenizer has tokens: its sparse vectors name those, too.
-            size = max(self.vocab_size, int(self.checkpoint.config.get("vocab_size") or 0))
+            size = max(self.vocab_size, int(self.checkpoint.language_config.get("vocab_size") or 0))
             rows = [self._read_ids(i, item, size).tolist() for i, item in enumerate(items)]
             return [Description(ids, [self._piece(i) for i in ids], [(0, 0)] * len(ids), []) for ids in rows]
         texts = [settings.prompt + decode_text(i, item) for i, item in enumerate(items)]
@@ -258,9 +271,20 @@ class TextTokenizer:
             ids = ids[:-behind]
         return ids
 
-    def _wrap(self, index: int, ids: TokenIds, unread: int, settings: TokenizerSettings) -> Tokens:
-        """Truncates, and puts the special tokens on. `unread` characters of the text have no ids."""
-        prompt = self._prompt_ids(settings.prompt) if settings.prompt else ()
+    def wrap(
+        self,
+        index: int,
+        ids: TokenIds,
+        unread: int,
+        settings: TokenizerSettings,
+        kept: Sequence[int] | None = None,
+    ) -> Tokens:
+        """Truncates, and puts the special tokens on. `unread` characters of the text have no ids.
+
+        `kept` are the ids at the beginning that are never cut off; None is the prompt. Raises RequestError.
+        """
+        prompt = self.prompt_ids(settings.prompt) if settings.prompt else ()
+        kept = prompt if kept is None else kept
         room = self._room(settings.role)
         if settings.max_tokens is not None:
             room = max(1, min(room, settings.max_tokens - len(self.prefix) - len(self.suffix)))
@@ -274,7 +298,7 @@ class TextTokenizer:
             )
         if is_over and settings.truncation == "left":
             # The prompt stays: without it the rest would be read as another kind of text.
-            kept = prompt[: room - 1]
+            kept = kept[: room - 1]
             ids = np.concatenate([np.array(kept, np.int32), ids[len(ids) - room + len(kept) :]])
         whole = np.concatenate([self.prefix, ids[:room], self.suffix])
         if not len(whole):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from backends.chat_prompt import ChatPrompt
 from backends.checkpoint import Checkpoint
 from backends.contract import ROLES, TRUNCATIONS, ErrorCode, RequestParameter
 from backends.errors import RequestError
@@ -17,6 +18,8 @@ class TokenizerSettings:
     """What one request asks of the tokenizer."""
 
     prompt: str = ""
+    opening: str = ""
+    """What of the prompt stands before the user's own words, images among them."""
     instruction: str | None = None
     """What a query is for."""
     truncation: str = "error"
@@ -35,10 +38,12 @@ class TokenizerSettings:
         truncation: str,
         late: LateInteraction | None = None,
         template: str | None = None,
+        chat: ChatPrompt | None = None,
     ) -> TokenizerSettings:
         """From request parameters, over the checkpoint's defaults. Raises RequestError.
 
-        `template` is what stands before a query with an instruction, {} in its place.
+        `template` is what stands before a query with an instruction, {} in its place; `chat` what stands
+        around every item.
         """
         wanted = parameters.get(RequestParameter.TRUNCATION, truncation)
         if wanted not in TRUNCATIONS:
@@ -60,6 +65,10 @@ class TokenizerSettings:
         named = {**checkpoint.prompts, **prompts}
         of_role = prompts.get(role) if role else None
         instruction = _instruction(parameters)
+        caps = [_read_cap(parameters, name) for name in _CAPS]
+        if chat is not None:
+            opening, words = _open(parameters, role, instruction, chat, named)
+            return cls(opening + words, opening, instruction, wanted, text_format == "ids", role, *caps)
         if instruction is not None and template is not None:
             prompt = _instruct(parameters, role, instruction, template)
         else:
@@ -67,8 +76,7 @@ class TokenizerSettings:
                 # Of a model with instructions but without prompts of its own queries and documents go bare.
                 named = {"query": "", "document": "", **named}
             prompt = _prompt(parameters, named, of_role, checkpoint.default_prompt_name)
-        caps = [_read_cap(parameters, name) for name in _CAPS]
-        return cls(prompt, instruction, wanted, text_format == "ids", role, *caps)
+        return cls(prompt, "", instruction, wanted, text_format == "ids", role, *caps)
 
 
 _CAPS = (RequestParameter.MAX_TOKENS, RequestParameter.MAX_QUERY_TOKENS, RequestParameter.MAX_DOCUMENT_TOKENS)
@@ -119,6 +127,36 @@ def _instruct(parameters: Mapping[str, Any], role: str | None, instruction: str,
             f"instruction and {other} both say what stands before the text; give one",
         )
     return template.format(instruction)
+
+
+def _open(
+    parameters: Mapping[str, Any],
+    role: str | None,
+    instruction: str | None,
+    chat: ChatPrompt,
+    prompts: Mapping[str, str],
+) -> tuple[str, str]:
+    """What a chat begins with, and the words that a request puts before the user's; the checkpoint's own
+    prompts are instructions there.
+    """
+    literal = parameters.get(RequestParameter.PROMPT)
+    name = parameters.get(RequestParameter.PROMPT_NAME)
+    if instruction is not None and (role == "document" or name is not None):
+        other = "input_type document" if role == "document" else f"prompt_name {name!r}"
+        raise RequestError(
+            ErrorCode.INVALID_INSTRUCTION,
+            f"instruction and {other} exclude each other: documents of this model have the usual "
+            "instruction, and "
+            "its prompts are instructions; give one",
+        )
+    if literal is not None and not isinstance(literal, str):
+        raise RequestError(ErrorCode.INVALID_PROMPT, f"prompt is {literal!r}; it takes a string")
+    if name is not None:
+        own = {"query": "", "document": "", **prompts}
+        instruction = _prompt({RequestParameter.PROMPT_NAME: name}, own, None, None) or None
+    elif instruction is None and role is not None:
+        instruction = prompts.get(role) or None
+    return chat.opening(instruction), literal or ""
 
 
 def _prompt(

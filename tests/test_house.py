@@ -18,7 +18,7 @@ from backends.repository.writer import list_pipelines, render
 from backends.source import resolve
 from gateway.endpoints import DIALECTS
 from tests.conftest import ROOT
-from tests.support import checkpoints
+from tests.support import families
 
 SOURCES = sorted(
     p
@@ -63,10 +63,15 @@ def offenders(folder: str, forbidden: str, excepted: tuple[str, ...] = ()) -> li
         ("backends/contract.py", r"(?!re$|re\.|enum|dataclasses|numpy|__future__).*", ()),
         ("backends/ragged.py", "backends", ()),
         ("backends/options.py", r"backends\.(?!contract|errors)", ()),
-        ("backends/checkpoint.py", r"backends\.(?!errors|json_file|weight_files)", ()),
+        ("backends/checkpoint.py", r"backends\.(?!errors|json_file|model_config|weight_files)", ()),
         ("gateway/inference.py", r"gateway\.(?!errors)", ()),
         ("gateway/catalog.py", r"gateway\.(?!errors|inference)", ()),
         ("gateway/tasks.py", r"gateway\.(?!errors|inference)", ()),
+        ("gateway/settings.py", r"gateway\.(?!image_hosts)", ()),
+        ("gateway/image_hosts.py", "gateway|backends|aiohttp|yarl", ()),
+        ("gateway/image_fetcher.py", r"gateway\.(?!errors|settings|image_hosts)", ()),
+        ("gateway/images.py", r"gateway\.(?!errors|settings|image_fetcher)|aiohttp|yarl", ()),
+        ("gateway/", "aiohttp|yarl", ("gateway/image_fetcher.py",)),
         # The contract is all that the gateway knows of the other side, and torch stays out of its process.
         ("gateway/", r"torch|transformers|kernels|triton_embeddings|backends\.(?!contract)", ()),
         ("gateway/", "tritonclient|grpc", ("gateway/inference.py",)),
@@ -86,7 +91,12 @@ def test_the_check_of_the_arrows_can_fail():
 
 def test_small_processes_and_commands_stay_without_torch():
     """Each of them would take 200 MB and two seconds more."""
-    modules = ("backends.stages.tokenizer", "backends.stages.tokens", "backends.repository.pipeline")
+    modules = (
+        "backends.stages.image",
+        "backends.stages.tokenizer",
+        "backends.stages.tokens",
+        "backends.repository.pipeline",
+    )
     for module in (*modules, "gateway.app", "triton_embeddings.cli"):
         code = (
             "import sys, types; sys.modules['triton_python_backend_utils'] = types.ModuleType('x'); "
@@ -131,7 +141,7 @@ def test_every_module_is_registered(folder, registry, shared):
 
 
 def test_every_family_has_a_tiny_checkpoint():
-    assert set(checkpoints.FAMILIES) == set(FAMILIES)
+    assert set(families.FAMILIES) == set(FAMILIES)
 
 
 def test_every_task_of_a_head_has_outputs():
@@ -189,6 +199,7 @@ def test_every_import_is_declared():
     declared = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_") for line in project["dependencies"]}
     modules = {
         "google" if "protobuf" in declared else "",
+        "PIL" if "pillow" in declared else "",
         "grpc",
         "starlette",
     } | declared

@@ -7,6 +7,7 @@ from backends.errors import CheckpointError
 from backends.families import (
     albert,
     bert,
+    clip,
     deberta,
     distilbert,
     electra,
@@ -21,7 +22,10 @@ from backends.families import (
     mpnet,
     nomic_bert,
     qwen2,
+    qwen2_5_vl,
+    qwen2_vl,
     qwen3,
+    qwen3_vl,
     roberta,
     xlm_roberta,
 )
@@ -30,6 +34,7 @@ from backends.families.base import Family
 FAMILIES: dict[str, Family] = {
     "albert": albert.FAMILY,
     "bert": bert.FAMILY,
+    "clip": clip.FAMILY,
     "deberta": deberta.FAMILY,
     "distilbert": distilbert.FAMILY,
     "electra": electra.FAMILY,
@@ -44,7 +49,10 @@ FAMILIES: dict[str, Family] = {
     "mpnet": mpnet.FAMILY,
     "nomic_bert": nomic_bert.FAMILY,
     "qwen2": qwen2.FAMILY,
+    "qwen2_5_vl": qwen2_5_vl.FAMILY,
+    "qwen2_vl": qwen2_vl.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "qwen3_vl": qwen3_vl.FAMILY,
     "roberta": roberta.FAMILY,
     "xlm_roberta": xlm_roberta.FAMILY,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from backends.checkpoint import Checkpoint
+    from backends.image_processing import ImageProcessor
+    from backends.options import ServingOptions
 
 
 INSTRUCT = "Instruct: {}\nQuery: "
@@ -40,6 +42,47 @@ def refuse_other_positions(config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"config.json says position_embedding_type {kind!r}, which is not served; it takes 'absolute'"
         )
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """What stands for an image among the tokens of an item."""
+
+    token: int
+    """Its id, once for each vector of the image."""
+    before: tuple[int, ...] = ()
+    behind: tuple[int, ...] = ()
+    merge: int = 1
+    """So many by so many patches are one token."""
+    is_item: bool = False
+    """Whether an image is an item of its own, which takes one token whatever its size."""
+    reserved: tuple[int, ...] = ()
+    """Ids that a text must not hold."""
+
+    def ids(self, grid: Sequence[int]) -> list[int]:
+        """The ids of an image of so many patches along time, height and width."""
+        count = 1 if self.is_item else grid[0] * grid[1] * grid[2] // self.merge**2
+        return [*self.before, *[self.token] * count, *self.behind]
+
+    def computed(self, grid: Sequence[int]) -> int:
+        """Tokens that the model computes for an image that is an item: its patches, and one for the whole."""
+        return grid[0] * grid[1] * grid[2] + 1
+
+
+@dataclass(frozen=True)
+class Vision:
+    """What a family of texts and images declares besides."""
+
+    processor: Callable[[Checkpoint, ServingOptions], ImageProcessor]
+    """Makes pictures ready. Raises CheckpointError. Needs no torch."""
+    tokens: Callable[[Mapping[str, Any]], ImageTokens]
+    """By config.json."""
+    wrap: Callable[[Any, Checkpoint], torch.nn.Module]
+    """transformers' model -> one that takes packed rows, and sees (backends.vision.Sees)."""
+    chat_prompt: str | None = None
+    """The prompt (backends.chat_prompt) of a checkpoint for which nobody gives another."""
+    has_axes: bool = False
+    """Whether images take positions in three axes (backends.mrope)."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +130,8 @@ class Family:
     """What is left to do to a loaded model, given config.json."""
     unsupported_dtypes: tuple[str, ...] = ()
     """Values of the option dtype with which the numbers overflow."""
+    vision: Vision | None = None
+    """Of a family that looks at images."""
 
     @property
     def call_arguments(self) -> dict[str, Any]:
@@ -144,7 +189,8 @@ class Family:
         device: torch.device,
         causality: Causality | None = None,
     ) -> torch.nn.Module:
-        """The encoder without any head, in evaluation mode, with the attention function of that name.
+        """The encoder without any head, in evaluation mode, with the attention function of that name for
+        texts.
 
         None as attention leaves the choice to transformers, None as causality to the checkpoint. Raises
         CheckpointError when weights are missing: they would be filled with random numbers.
@@ -160,7 +206,7 @@ class Family:
         is_cpu = device.type == "cpu"
         model, info = transformers.AutoModel.from_pretrained(
             checkpoint.transformer_path,
-            attn_implementation=attention,
+            attn_implementation=attention if self.vision is None else _of_texts(attention),
             # Tensors that are in that format in the file are mapped, not copied. Elsewhere than on a CPU they
             # stay as they are in the file until they are moved.
             dtype=dtype if is_cpu else "auto",
@@ -184,7 +230,7 @@ class Family:
                 weight.data = weight.data.to(device, dtype)
         model = model.to(device).eval()
         self.adjust(model, checkpoint.config)
-        return model  # type: ignore[no-any-return]
+        return model if self.vision is None else self.vision.wrap(model, checkpoint)
 
     def _make_config(self, checkpoint: Checkpoint, causality: Causality | None) -> Any:
         """For a config.json that transformers cannot read alone, and for decoders; None for all others."""
@@ -198,9 +244,14 @@ class Family:
             else:
                 config = transformers.AutoConfig.for_model(self.model_types[0], **checkpoint.config)
             # Read by transformers' classes (5.2 and later), and handed on to the attention function.
-            config.is_causal = causality.is_causal
+            getattr(config, "text_config", config).is_causal = causality.is_causal
             return config
         native = self.native_config(checkpoint.config)
         if native is None and not checkpoint.model_type:
             native = dict(checkpoint.config)
         return None if native is None else transformers.AutoConfig.for_model(self.model_types[0], **native)
+
+
+def _of_texts(attention: str | None) -> dict[str, str | None]:
+    """An attention function for the language model; images go through torch's own, one after the other."""
+    return {"": attention, "text_config": attention, "vision_config": "sdpa"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from backends.contract import INPUT_IDS, TOKEN_EMBEDDINGS, TOKEN_IDS, RequestParameter, Task, TensorSpec
+from backends.errors import CheckpointError
 from backends.heads.base import HeadSpec, is_for_another_task
 
 if TYPE_CHECKING:
@@ -14,7 +15,17 @@ if TYPE_CHECKING:
 
 
 def _reason(checkpoint: Checkpoint) -> str | None:
-    return None if is_for_another_task(checkpoint) else "every encoder has them"
+    # Of images there are thousands, which nobody asks for.
+    is_left_out = is_for_another_task(checkpoint) or checkpoint.is_multimodal
+    return None if is_left_out else "every encoder has them"
+
+
+def check_task_name(checkpoint: Checkpoint, name: str) -> None:
+    """Raises CheckpointError for a model whose encoder gives one vector for each item."""
+    if checkpoint.model_type == "clip":
+        raise CheckpointError(
+            f"{checkpoint.path} is a CLIP model, which has one vector for each text or image"
+        )
 
 
 HEAD = HeadSpec(
@@ -32,5 +43,6 @@ HEAD = HeadSpec(
     inputs=lambda checkpoint: (INPUT_IDS,),
     parameters=(RequestParameter.NORMALIZE,),
     load=None,
+    check_task_name=check_task_name,
     stage_class="backends.stages.tokens.TokensStage",
 )

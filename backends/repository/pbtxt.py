@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from backends.contract import PipelineSpec, StageSpec, TensorSpec, entry_name
+from backends.contract import IMAGE, PipelineSpec, StageSpec, TensorSpec, entry_name, multimodal_name
 
 _HEADER = "# Written by triton-embeddings; `triton-embeddings add` writes it anew.\n"
 
@@ -35,22 +35,39 @@ def ensemble_config(pipeline: PipelineSpec) -> str:
     """config.pbtxt of the ensemble that chains the stages: equal names are joined, unread outputs
     left out.
     """
-    config = _config(pipeline.name, pipeline.max_batch_size, pipeline.inputs, pipeline.outputs)
+    config = _ensemble(pipeline, pipeline.name, pipeline.inputs, pipeline.stages)
+    _set_parameters(config, pipeline.parameters)
+    return _text(config)
+
+
+def multimodal_config(pipeline: PipelineSpec) -> str:
+    """config.pbtxt of the second ensemble of a model of texts and images: it begins with the image stage."""
+    assert pipeline.image_stage is not None
+    inputs = (*pipeline.inputs, TensorSpec(IMAGE, "STRING", (-1,)))
+    stages = (pipeline.image_stage, *pipeline.stages)
+    return _text(_ensemble(pipeline, multimodal_name(pipeline.name), inputs, stages))
+
+
+def _ensemble(
+    pipeline: PipelineSpec, name: str, inputs: tuple[TensorSpec, ...], stages: tuple[StageSpec, ...]
+) -> Any:
+    config = _config(name, pipeline.max_batch_size, inputs, pipeline.outputs)
     config.platform = "ensemble"
-    used = {spec.name for stage in pipeline.stages for spec in stage.inputs} | {
-        o.name for o in pipeline.outputs
-    }
-    for stage in pipeline.stages:
+    used = {spec.name for stage in stages for spec in stage.inputs} | {o.name for o in pipeline.outputs}
+    made = {spec.name for spec in inputs}
+    for stage in stages:
         step = config.ensemble_scheduling.step.add(
             model_name=entry_name(pipeline.name, stage.stage), model_version=-1
         )
         for spec in stage.inputs:
-            step.input_map[spec.name] = spec.name
+            if spec.name in made or not spec.is_optional:
+                step.input_map[spec.name] = spec.name
         for spec in stage.outputs:
-            if spec.name in used:
+            # Of two steps that make the same the first counts.
+            if spec.name in used and spec.name not in made:
                 step.output_map[spec.name] = spec.name
-    _set_parameters(config, pipeline.parameters)
-    return _text(config)
+                made.add(spec.name)
+    return config
 
 
 def parse(text: str) -> Any:
@@ -64,7 +81,11 @@ def _config(
     config = model_config_pb2.ModelConfig(name=name, max_batch_size=max_batch_size)
     for spec in inputs:
         config.input.add(
-            name=spec.name, data_type=f"TYPE_{spec.dtype}", dims=spec.dims, allow_ragged_batch=spec.is_ragged
+            name=spec.name,
+            data_type=f"TYPE_{spec.dtype}",
+            dims=spec.dims,
+            allow_ragged_batch=spec.is_ragged,
+            optional=spec.is_optional,
         )
     for spec in outputs:
         config.output.add(name=spec.name, data_type=f"TYPE_{spec.dtype}", dims=spec.dims)

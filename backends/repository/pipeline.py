@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from backends.checkpoint import NO_LIMIT, Checkpoint
 from backends.contract import (
     ACCOUNT_OUTPUTS,
     DECODED,
     FIRST_LENGTH,
+    GRID,
     HIDDEN,
+    IMAGE,
+    IMAGE_GRID,
     INPUT_IDS,
     IS_SPECIAL,
     KEY_LENGTH,
     LAST_HIDDEN,
     LENGTH,
     N_TOKENS,
+    PATCHES,
     PROMPT_LENGTH,
     TEXT,
     TOKEN_SPANS,
@@ -33,6 +38,7 @@ from backends.heads import HEADS, encoder_inputs, late_interaction, only_row, ta
 from backends.instruction import instruction_template
 from backends.options import WIRE_DTYPES, ServingOptions
 from backends.prompted_pairs import PromptedPairs
+from backends.qwen_vision import is_gme
 from backends.rerank_prompt import is_language_model, rerank_prompt_of
 from backends.tokenization import TextTokenizer
 from backends.trust import check_trust
@@ -44,6 +50,7 @@ _ROWS = {
     for name in (INPUT_IDS, LENGTH, PROMPT_LENGTH, KEY_LENGTH, FIRST_LENGTH)
 }
 _TEXT = TensorSpec(TEXT, "STRING", (-1,), True)
+_IMAGE_GRID = TensorSpec(IMAGE_GRID, "INT32", (-1, 3), True, is_optional=True)
 
 
 def build_pipeline(
@@ -71,9 +78,11 @@ def build_pipeline(
     _check_prompt(checkpoint, options, family, heads)
     for head in heads:
         check_trust(checkpoint, head, options)
+    _check_images(checkpoint, options, family)
+    seen = _seen(checkpoint, options, family)
     stages = (
-        _tokenizer(reference, options, heads),
-        _encoder(reference, checkpoint, options, family, heads),
+        _tokenizer(reference, options, heads, seen),
+        _encoder(reference, checkpoint, options, family, heads, seen),
         *(_head(head, reference, checkpoint, options, heads) for head in heads),
     )
     outputs = tuple(output for head in heads for output in HEADS[head].outputs(checkpoint))
@@ -84,12 +93,14 @@ def build_pipeline(
         inputs=(_TEXT,),
         outputs=(*outputs, *account),
         stages=stages,
+        image_stage=_image(reference, options, seen) if seen else None,
         parameters=_describe(name, reference, checkpoint, options, family, heads),
         # The checkpoint's own are about pooling, which no other head does.
         notes=(
             *(checkpoint.notes if "dense" in heads else ()),
             *_causality_notes(causality),
             *_guess_notes(checkpoint, options, heads),
+            *_chat_notes(checkpoint, options, family),
         ),
         reasons=reasons,
     )
@@ -110,6 +121,37 @@ def _check_prompt(
     prompt = rerank_prompt_of(checkpoint) if takes_pairs(heads) else None
     if prompt is not None and options.max_length is not None:
         PromptedPairs(TextTokenizer(checkpoint, family.max_length(checkpoint)), prompt)
+
+
+def _check_images(checkpoint: Checkpoint, options: ServingOptions, family: Family) -> None:
+    """Raises OptionError for options about images of a model of texts."""
+    given = {
+        "--chat-template": options.chat_template,
+        "--min-image-tokens": options.min_image_tokens,
+        "--max-image-tokens": options.max_image_tokens,
+        "--image-positions": None if options.image_positions == "mrope" else options.image_positions,
+    }
+    has_chat = family.vision is not None and family.vision.chat_prompt is not None
+    for name, value in given.items():
+        if value is not None and not has_chat:
+            raise OptionError(
+                f"{name} {value} is for models whose texts and images stand in one prompt (Qwen2-VL and its "
+                "like), "
+                f"and {checkpoint.path} is a {family.name} model; leave it out"
+            )
+
+
+def _chat_notes(checkpoint: Checkpoint, options: ServingOptions, family: Family) -> tuple[str, ...]:
+    """Of a language model of images that nobody has called by the name of an embedding model."""
+    vision = family.vision
+    if vision is None or vision.chat_prompt is None or options.chat_template is not None:
+        return ()
+    if checkpoint.has_modules or is_gme(checkpoint):
+        return ()
+    return (
+        f"its prompt is {vision.chat_prompt}, and its embeddings are the last token's; if it was trained "
+        "otherwise, they are wrong (--chat-template says which prompt it has)",
+    )
 
 
 def _guess_notes(checkpoint: Checkpoint, options: ServingOptions, heads: tuple[str, ...]) -> tuple[str, ...]:
@@ -154,16 +196,32 @@ def heads_of(checkpoint: Checkpoint, options: ServingOptions) -> dict[str, str]:
 
 
 def check_wiring(pipeline: PipelineSpec) -> None:
-    """Every input of a step is made by an earlier one with the same type, and outputs are leaves.
+    """Every input of a step is made by an earlier one with the same type, and outputs are leaves; of both
+    ensembles, where there are two.
 
     The server (2.51) loads an ensemble with an output that a step reads too, and then fails every request
     that asks for some of the outputs only. Raises ValueError.
     """
-    made = {spec.name: spec for spec in pipeline.inputs}
+    _check_steps(pipeline, pipeline.inputs, pipeline.stages)
+    if pipeline.image_stage is not None:
+        inputs = (*pipeline.inputs, TensorSpec(IMAGE, "STRING", (-1,), True))
+        # Patches come from the image stage, and the tokenizer's are not joined to anything.
+        tokenizer, *others = pipeline.stages
+        outputs = tuple(spec for spec in tokenizer.outputs if spec.name != PATCHES)
+        stages = (pipeline.image_stage, replace(tokenizer, outputs=outputs), *others)
+        _check_steps(pipeline, inputs, stages)
+
+
+def _check_steps(
+    pipeline: PipelineSpec, inputs: tuple[TensorSpec, ...], stages: tuple[StageSpec, ...]
+) -> None:
+    made = {spec.name: spec for spec in inputs}
     read = set()
-    for stage in pipeline.stages:
+    for stage in stages:
         for spec in stage.inputs:
             source = made.get(spec.name)
+            if source is None and spec.is_optional:
+                continue
             if source is None or source.dtype != spec.dtype:
                 raise ValueError(
                     f"{pipeline.name}: {stage.stage} reads {spec.name} {spec.dtype}, which no step "
@@ -202,6 +260,13 @@ def _describe(
         PipelineParameter.DTYPE: options.dtype,
         PipelineParameter.TRUNCATION: options.truncation,
     }
+    if family.vision is not None:
+        described[PipelineParameter.MODALITIES] = "text,image"
+        described[PipelineParameter.MAX_IMAGE_TOKENS] = str(
+            family.vision.processor(checkpoint, options).max_image_tokens
+        )
+        if not family.vision.tokens(checkpoint.config).is_item:
+            described[PipelineParameter.FUSES] = "true"
     if any(checkpoint.role_prompts.values()):
         described[PipelineParameter.ROLE_PROMPTS] = "true"
     if _takes_instructions(checkpoint, family, heads):
@@ -215,14 +280,40 @@ def _takes_instructions(checkpoint: Checkpoint, family: Family, heads: tuple[str
     if takes_pairs(heads):
         prompt = rerank_prompt_of(checkpoint)
         return prompt is not None and prompt.takes_instruction
+    if family.vision is not None and family.vision.chat_prompt is not None:
+        return True
     return instruction_template(checkpoint, family.instruction) is not None
 
 
-def _tokenizer(reference: str, options: ServingOptions, heads: tuple[str, ...]) -> StageSpec:
+def _seen(checkpoint: Checkpoint, options: ServingOptions, family: Family) -> tuple[TensorSpec, ...]:
+    """What the encoder reads of images; nothing of a model of texts."""
+    if family.vision is None:
+        return ()
+    processor = family.vision.processor(checkpoint, options)
+    return (
+        TensorSpec(PATCHES, "UINT8", (-1, 3 * processor.patch_size**2), True),
+        TensorSpec(GRID, "INT32", (-1, 3), True),
+    )
+
+
+def _image(reference: str, options: ServingOptions, seen: tuple[TensorSpec, ...]) -> StageSpec:
+    patches = next(spec for spec in seen if spec.name == PATCHES)
+    return StageSpec(
+        stage="image",
+        stage_class="backends.stages.image.ImageStage",
+        inputs=(TensorSpec(IMAGE, "STRING", (-1,), True),),
+        outputs=(replace(patches, is_ragged=False), TensorSpec(IMAGE_GRID, "INT32", (-1, 3))),
+        parameters={"checkpoint": reference, **options.to_parameters()},
+    )
+
+
+def _tokenizer(
+    reference: str, options: ServingOptions, heads: tuple[str, ...], seen: tuple[TensorSpec, ...]
+) -> StageSpec:
     return StageSpec(
         stage="tokenizer",
         stage_class="backends.stages.tokenizer.TokenizerStage",
-        inputs=(_TEXT,),
+        inputs=(_TEXT, _IMAGE_GRID) if seen else (_TEXT,),
         outputs=(
             TensorSpec(INPUT_IDS, "INT32", (-1,)),
             TensorSpec(LENGTH, "INT32", (-1,)),
@@ -236,20 +327,26 @@ def _tokenizer(reference: str, options: ServingOptions, heads: tuple[str, ...]) 
             TensorSpec(TOKEN_SPANS, "INT32", (-1, 2)),
             TensorSpec(IS_SPECIAL, "BOOL", (-1,)),
             TensorSpec(DECODED, "STRING", (1,)),
+            *(replace(spec, is_ragged=False) for spec in seen),
         ),
         parameters={"checkpoint": reference, "heads": ",".join(heads), **options.to_parameters()},
     )
 
 
 def _encoder(
-    reference: str, checkpoint: Checkpoint, options: ServingOptions, family: Family, heads: tuple[str, ...]
+    reference: str,
+    checkpoint: Checkpoint,
+    options: ServingOptions,
+    family: Family,
+    heads: tuple[str, ...],
+    seen: tuple[TensorSpec, ...],
 ) -> StageSpec:
     tells_apart = family.tells_pairs_apart(checkpoint.config)
     extra = encoder_inputs(checkpoint, heads, tells_pairs_apart=tells_apart)
     return StageSpec(
         stage="encoder",
         stage_class="backends.stages.encoder.EncoderStage",
-        inputs=(_ROWS[INPUT_IDS], _ROWS[LENGTH], *(_ROWS[name] for name in extra)),
+        inputs=(_ROWS[INPUT_IDS], _ROWS[LENGTH], *(_ROWS[name] for name in extra), *seen),
         outputs=(_hidden(checkpoint, options, heads),),
         parameters={"checkpoint": reference, "heads": ",".join(heads), **options.to_parameters()},
         device=options.device,

@@ -11,10 +11,10 @@ from typing import Any
 
 from google.protobuf import text_format
 
-from backends.contract import PipelineParameter, PipelineSpec, entry_name
+from backends.contract import PipelineParameter, PipelineSpec, entry_name, multimodal_name
 from backends.errors import CheckpointError
 from backends.options import ServingOptions
-from backends.repository.pbtxt import ensemble_config, parse, stage_config
+from backends.repository.pbtxt import ensemble_config, multimodal_config, parse, stage_config
 
 _MODEL = '''"""{summary}"""
 
@@ -50,7 +50,13 @@ def render(pipeline: PipelineSpec) -> dict[str, str]:
         # The server wants a version folder, and git keeps no empty ones.
         f"{pipeline.name}/1/.gitkeep": "",
     }
-    for stage in pipeline.stages:
+    stages = pipeline.stages
+    if pipeline.image_stage is not None:
+        second = multimodal_name(pipeline.name)
+        files[f"{second}/config.pbtxt"] = multimodal_config(pipeline)
+        files[f"{second}/1/.gitkeep"] = ""
+        stages = (*stages, pipeline.image_stage)
+    for stage in stages:
         entry = entry_name(pipeline.name, stage.stage)
         module, _, name = stage.stage_class.rpartition(".")
         files[f"{entry}/config.pbtxt"] = stage_config(pipeline, stage)
@@ -83,17 +89,24 @@ def write(repository: Path, pipeline: PipelineSpec) -> None:
             file.write_text(text, encoding="utf-8")
         for entry in old:
             shutil.rmtree(repository / entry)
-        for entry in sorted(new, key=lambda entry: entry == pipeline.name):
+        ensembles = (multimodal_name(pipeline.name), pipeline.name)
+        for entry in sorted(new, key=lambda entry: entry in ensembles and 1 + ensembles.index(entry)):
             shutil.move(Path(folder) / entry, repository / entry)
 
 
 def _entries_of(repository: Path, name: str) -> set[str]:
     """The folders of a pipeline that are there: the ensemble's and its steps'."""
-    file = repository / name / "config.pbtxt"
-    if not file.is_file():
-        return set()
-    steps = parse(file.read_text(encoding="utf-8")).ensemble_scheduling.step
-    names = {name, *(step.model_name for step in steps)} if steps else set()
+    names: set[str] = set()
+    for ensemble in (name, multimodal_name(name)):
+        file = repository / ensemble / "config.pbtxt"
+        if not file.is_file():
+            break
+        steps = parse(file.read_text(encoding="utf-8")).ensemble_scheduling.step
+        own = {step.model_name for step in steps}
+        # A model of somebody's that happens to have such a name has steps of its own.
+        if ensemble != name and not own & names:
+            break
+        names |= {ensemble, *own} if steps else set()
     return {entry for entry in names if (repository / entry).is_dir()}
 
 

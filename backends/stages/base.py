@@ -77,6 +77,11 @@ class StageRequest:
         array: npt.NDArray[Any] = self._input(name).as_numpy()
         return array
 
+    def optional_array(self, name: str) -> npt.NDArray[Any] | None:
+        """An input that may be absent."""
+        tensor = pb_utils.get_input_tensor_by_name(self._request, name)
+        return None if tensor is None else tensor.as_numpy()
+
     def tensor(self, name: str) -> torch.Tensor:
         """An input as torch, with its batch dimension: a view of shared memory, not a copy."""
         import torch

@@ -14,9 +14,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from backends.contract import FIRST_LENGTH, HIDDEN, INPUT_IDS, KEY_LENGTH, LAST_HIDDEN, LENGTH
+from backends.contract import (
+    FIRST_LENGTH,
+    GRID,
+    HIDDEN,
+    INPUT_IDS,
+    KEY_LENGTH,
+    LAST_HIDDEN,
+    LENGTH,
+    PATCHES,
+)
 from backends.device import TORCH_DTYPES, compute_dtype, place
 from backends.encode import encode
+from backends.encode_images import ImageEncoder, choose_image_encoder
 from backends.families import family_of
 from backends.forward import Forward
 from backends.heads import encoder_inputs, only_row
@@ -25,6 +35,7 @@ from backends.options import WIRE_DTYPES
 from backends.ragged import Lengths, Ragged
 from backends.self_check import choose_forward
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
+from backends.vision import Images
 
 # What the activations of one pass may take on a CPU, where larger passes are slower: all-MiniLM-L6-v2 runs
 # 27 000 tokens/s in passes of 16 384 tokens, 37 000 in passes of 5461 (2 cores). A token takes about 32
@@ -75,6 +86,11 @@ class EncoderStage(Stage):
             context.name,
             shares_prefixes=options.share_prefix and is_causal,
         )
+        self.images: ImageEncoder | None = None
+        if family.vision is not None:
+            self.images = choose_image_encoder(
+                self.forward, family.vision, context.checkpoint, options, self.max_batch_tokens
+            )
         logger.info(
             "%s on %s in %s, %s, %d threads",
             family.name,
@@ -107,7 +123,12 @@ class EncoderStage(Stage):
         firsts = _row(batch, FIRST_LENGTH) if self.has_first_length else None
         rows = None if self.row is None else token_rows(self.row, tokens, self.checkpoint)
         with torch.inference_mode():
-            hidden = encode(self.forward, tokens, self.max_batch_tokens, self.wire_dtype, keys, firsts, rows)
+            if self.images is not None:
+                hidden = self.images(tokens, _images(batch), self.wire_dtype, rows)
+            else:
+                hidden = encode(
+                    self.forward, tokens, self.max_batch_tokens, self.wire_dtype, keys, firsts, rows
+                )
         sizes = [int(one.sum()) if rows is None else len(one) for one in lengths]
         name = HIDDEN if rows is None else LAST_HIDDEN
         return [{name: part[None]} for part in torch.split(hidden, sizes)]
@@ -118,6 +139,13 @@ def _way(forward: Forward) -> str:
     if not forward.is_packed:
         return "padded"
     return "packed, shared prefixes once" if forward.shares_prefixes else "packed"
+
+
+def _images(batch: Sequence[StageRequest]) -> Images:
+    """The images of all requests, in their order."""
+    grids = np.concatenate([request.array(GRID)[0] for request in batch]).astype(np.int64)
+    patches = np.concatenate([request.array(PATCHES)[0] for request in batch])
+    return Images(torch.from_numpy(patches), grids)
 
 
 def _row(batch: Sequence[StageRequest], name: str) -> Lengths:

@@ -11,16 +11,22 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from backends.chat_prompt import CHAT_PROMPTS
 from backends.checkpoint import NO_LIMIT
+from backends.content_tokens import ContentTokenizer
 from backends.contract import (
     DECODED,
     FIRST_LENGTH,
+    GRID,
+    IMAGE_GRID,
     INPUT_IDS,
     IS_SPECIAL,
     KEY_LENGTH,
     LENGTH,
     N_TOKENS,
+    PATCHES,
     PROMPT_LENGTH,
     TEXT,
     TOKEN_SPANS,
@@ -59,13 +65,21 @@ class TokenizerStage(Stage):
         family = family_of(checkpoint, context.options.model_type)
         self.late = late_interaction(checkpoint, context.heads)
         most_tokens = min(family.most_tokens(checkpoint), context.options.max_length or NO_LIMIT)
+        vision = family.vision
+        name = None if vision is None else context.options.chat_template or vision.chat_prompt
+        self.chat = None if name is None else CHAT_PROMPTS[name]
         self.tokenizer = TextTokenizer(
             checkpoint,
             family.max_length(checkpoint),
             self.late,
             most_tokens,
             family.last_token(checkpoint.config),
+            self.chat,
         )
+        self.contents: ContentTokenizer | None = None
+        if vision is not None:
+            self.contents = ContentTokenizer(self.tokenizer, vision.tokens(checkpoint.config), self.chat)
+            self.patch_width = 3 * vision.processor(checkpoint, context.options).patch_size ** 2
         self.takes_pairs = takes_pairs(context.heads)
         # A text alone goes to a reranker or classifier as it stands.
         template = instruction_template(checkpoint, family.instruction)
@@ -88,12 +102,12 @@ class TokenizerStage(Stage):
                 self.truncation,
                 self.late,
                 self.template,
+                self.chat,
             )
             text = request.array(TEXT)
             is_pair = text.shape[1] == 2 and self.takes_pairs
-            if settings.instruction is not None and not (
-                self.is_prompted if is_pair else self.template is not None
-            ):
+            takes_instructions = self.template is not None or self.chat is not None
+            if settings.instruction is not None and not (self.is_prompted if is_pair else takes_instructions):
                 raise RequestError(
                     ErrorCode.INVALID_INSTRUCTION,
                     "this model was not made for instructions; leave instruction out"
@@ -111,6 +125,10 @@ class TokenizerStage(Stage):
                 return self._describe(items, settings, request)
             if DECODED in request.wanted:
                 return self._decode(items, request)
+            if self.contents is not None:
+                grids = request.optional_array(IMAGE_GRID)
+                rows = self.contents.encode(items, grids, settings)
+                return {**self._answer_rows(rows), **self._answer_grids(grids)}
             return self._answer_rows(self.tokenizer.encode(items, settings))
         except RequestError as error:
             return error
@@ -123,9 +141,16 @@ class TokenizerStage(Stage):
             PROMPT_LENGTH: np.array([[row.prompt_length for row in rows]], np.int32),
             KEY_LENGTH: np.array([[len(row.ids) - row.n_blind for row in rows]], np.int32),
             FIRST_LENGTH: np.array([[row.first_length for row in rows]], np.int32),
-            N_TOKENS: length[:, None],
+            N_TOKENS: np.array([[row.count] for row in rows], np.int32),
             TRUNCATED: np.array([[row.is_truncated] for row in rows]),
         }
+
+    def _answer_grids(self, grids: npt.NDArray[Any] | None) -> Answer:
+        """What the encoder reads of images; without images it is empty, and so are the patches, which else
+        come from the image stage.
+        """
+        present = np.zeros((0, 3), np.int32) if grids is None else grids[grids[:, :, 0] > 0]
+        return {GRID: present[None], PATCHES: np.zeros((1, 0, self.patch_width), np.uint8)}
 
     def _describe(self, items: list[bytes], settings: TokenizerSettings, request: StageRequest) -> Answer:
         # A prompt that nobody asked for would be taken for the text's own tokens.

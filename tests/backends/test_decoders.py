@@ -18,7 +18,7 @@ from backends.options import ServingOptions
 from backends.repository.pipeline import build_pipeline
 from backends.tokenization import TextTokenizer
 from backends.tokenizer_settings import TokenizerSettings
-from tests.support import checkpoints, decoders
+from tests.support import checkpoints, decoders, families
 from tests.support.pipeline import embed
 from tests.support.vocabularies import write_json
 
@@ -137,7 +137,7 @@ def test_both_ways_of_every_decoder(tmp_path, family, is_causal):
 
     # Of a window both ways transformers' own functions disagree about the last token of it.
     settings = {"window": None} if family == "mistral" else {}
-    path = checkpoints.FAMILIES[family](tmp_path / "c", **settings)
+    path = families.FAMILIES[family](tmp_path / "c", **settings)
     checkpoint = Checkpoint.read(path)
     own = family_of(checkpoint)
     causality = own.causality(checkpoint.config, is_causal)

@@ -22,7 +22,7 @@ from backends.options import ServingOptions
 from backends.prompt_pieces import Piece, Slot
 from backends.repository.pipeline import build_pipeline, heads_of
 from backends.rerank_prompt import BGE_GEMMA, MXBAI, QWEN3, rerank_prompt_of
-from tests.support import checkpoints, decoders
+from tests.support import checkpoints, decoders, families
 from tests.support.card_rerankers import model_card, mxbai_rerank
 from tests.support.checkpoints import classifier, write_json
 from tests.support.decoders import (
@@ -279,7 +279,7 @@ def test_every_decoder_can_be_a_classifier():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_classifiers_on_decoders(tmp_path, kind):
-    path = classifier(tmp_path / "c", functools.partial(checkpoints.FAMILIES[kind], pad_token_id=0), 3)
+    path = classifier(tmp_path / "c", functools.partial(families.FAMILIES[kind], pad_token_id=0), 3)
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = ["the value of this class", "x", "return it; for and of"]
@@ -373,7 +373,7 @@ def test_a_language_model_that_nothing_is_known_of(tmp_path):
 )
 def test_which_classifiers_are_conversions(tmp_path, kind, name, labels, is_prompted):
     # A folder of rerankers is no name of a model, but a hub's is.
-    path = classifier(tmp_path / "rerankers" / name, checkpoints.FAMILIES[kind], len(labels), labels)
+    path = classifier(tmp_path / "rerankers" / name, families.FAMILIES[kind], len(labels), labels)
     assert (rerank_prompt_of(Checkpoint.read(path)) is not None) == is_prompted
     hub = tmp_path / f"models--org--{name}" / "snapshots" / "5f1c"
     hub.parent.mkdir(parents=True)

@@ -13,7 +13,7 @@ from backends.forward import PackedForward
 from backends.ragged import Ragged
 from backends.self_check import choose_forward
 from backends.shared_prefix import MIN_SHARED, plan
-from tests.support import checkpoints, decoders
+from tests.support import checkpoints, decoders, families
 from tests.support.pipeline import CPU
 
 DECODERS = sorted(name for name, family in FAMILIES.items() if family.is_decoder)
@@ -55,13 +55,14 @@ def passes(rows, max_tokens=10_000, min_shared=MIN_SHARED):
     return list(plan(batch.values.numpy(), batch.lengths, max_tokens, min_shared))
 
 
-def rebuilt(one):
+def rebuilt(one, ids):
     """Of every segment the ids of the whole sequence up to its end, put together from its prefixes."""
     ends = np.cumsum(one.lengths)
     for length, end, start, prefix in zip(one.lengths, ends, one.starts, one.prefixes, strict=True):
-        ahead = [one.ids[a:b] for a, b in prefix]
+        row = ids[one.row]
+        ahead = [row[a:b] for a, b in prefix]
         assert start == sum(map(len, ahead))
-        yield np.concatenate([*ahead, one.ids[end - length : end]])
+        yield np.concatenate([*ahead, row[end - length : end]])
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -79,7 +80,7 @@ def test_every_token_is_made_once_with_all_that_is_before_it(name, max_tokens, m
         before.update({offset + i: row[: i + 1] for i in range(len(row))})
         offset += len(row)
     for one in found:
-        whole = list(rebuilt(one))
+        whole = list(rebuilt(one, ids))
         ends = np.cumsum(one.lengths)
         for token, source in zip(one.tokens, one.sources, strict=True):
             segment = int(np.searchsorted(ends, source, side="right"))
@@ -103,16 +104,16 @@ def test_every_token_is_made_once_with_all_that_is_before_it(name, max_tokens, m
 )
 def test_how_many_tokens_are_computed(name, computed):
     found = passes(BATCHES[name])
-    assert sum(len(one.ids) for one in found) in (computed, computed - 1)
+    assert sum(len(one.row) for one in found) in (computed, computed - 1)
     assert len(found) == 1
 
 
 def test_shared_tokens_count_once_against_the_budget():
     rows = [np.concatenate([PREFIX, sequence(10, 10 + i)]) for i in range(20)]
     (one,) = passes(rows, 260)
-    assert len(one.ids) == 240
+    assert len(one.row) == 240
     several = passes(rows, 100)
-    assert all(len(one.ids) <= 100 for one in several)
+    assert all(len(one.row) <= 100 for one in several)
     assert len(several) < 6, "each begins with the prefix"
 
 
@@ -125,11 +126,11 @@ def test_texts_that_go_on_from_each_other_do_not_make_a_deep_tree():
 def test_one_batch_holds_a_thousand_sequences():
     rows = [np.concatenate([PREFIX, sequence(4, i)]) for i in range(1000)]
     (one,) = passes(rows, 10**6)
-    assert len(one.ids) == 40 + sum(len(row) for row in np.unique([row[40:] for row in rows], axis=0))
+    assert len(one.row) == 40 + sum(len(row) for row in np.unique([row[40:] for row in rows], axis=0))
 
 
 def load(name, path, **options):
-    checkpoint = Checkpoint.read(checkpoints.FAMILIES[name](path))
+    checkpoint = Checkpoint.read(families.FAMILIES[name](path))
     family = family_of(checkpoint)
     return choose_forward(
         lambda attention: family.load(checkpoint, attention, torch.float32, CPU),
@@ -178,10 +179,10 @@ def test_negative_control_the_wrong_positions_show(forwards, monkeypatch):
     expected = run(plain, rows)
     original = PackedForward.__call__
 
-    def shifted(self, input_ids, keys=None, firsts=None, segments=None):
+    def shifted(self, input_ids, keys=None, firsts=None, segments=None, images=None):
         if segments is not None:
             segments = type(segments)(segments.starts * 0, segments.prefixes)
-        return original(self, input_ids, keys, firsts, segments)
+        return original(self, input_ids, keys, firsts, segments, images)
 
     monkeypatch.setattr(PackedForward, "__call__", shifted)
     assert (run(shared, rows) - expected).abs().max() > 0.01

@@ -239,30 +239,6 @@ def deberta(path: Path, architecture: str = "Model", **settings: Any) -> Path:
     )
 
 
-FAMILIES: dict[str, Callable[[Path], Path]] = {
-    "albert": albert,
-    "bert": bert,
-    "deberta": deberta,
-    "distilbert": distilbert,
-    "electra": electra,
-    "eurobert": eurobert,
-    "gemma": gemma,
-    "gemma3": gemma3,
-    "gte": gte,
-    "jina_v3": jina_v3,
-    "llama": llama,
-    "mistral": mistral,
-    "modernbert": modernbert,
-    "mpnet": mpnet,
-    "nomic_bert": nomic_bert,
-    "qwen2": qwen2,
-    "qwen3": qwen3,
-    "roberta": roberta,
-    "xlm_roberta": xlm_roberta,
-}
-"""A tiny checkpoint for every registered family; a test fails for a family that has none."""
-
-
 def sentence_transformer(
     path: Path,
     pooling: dict[str, Any],

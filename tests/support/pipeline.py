@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from backends.chat_prompt import CHAT_PROMPTS
 from backends.checkpoint import Checkpoint
+from backends.content_tokens import ContentTokenizer
 from backends.contract import (
     DENSE,
     INPUT_IDS,
@@ -17,12 +19,14 @@ from backends.contract import (
     TOKEN_VECTORS,
 )
 from backends.encode import encode
+from backends.encode_images import choose_image_encoder
 from backends.families import family_of
 from backends.forward import Forward
 from backends.heads import HEADS, only_row
 from backends.instruction import instruction_template
 from backends.last_token import token_rows
 from backends.late_interaction import late_interaction_of
+from backends.options import ServingOptions
 from backends.prompted_pairs import PromptedPairs
 from backends.ragged import Ragged
 from backends.rerank_prompt import rerank_prompt_of
@@ -30,17 +34,21 @@ from backends.self_check import choose_forward
 from backends.template_pairs import TemplatePairs
 from backends.tokenization import TextTokenizer, Tokens
 from backends.tokenizer_settings import TokenizerSettings
+from backends.vision import Images
 
 CPU = torch.device("cpu")
 
 
-def load_forward(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Forward:
+def load_forward(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, shares_prefixes: bool = False
+) -> Forward:
     family = family_of(checkpoint)
     return choose_forward(
         lambda attention: family.load(checkpoint, attention, dtype, CPU),
         family,
         dict(checkpoint.config),
         "test",
+        shares_prefixes=shares_prefixes,
     )
 
 
@@ -83,6 +91,48 @@ def run(
         chosen = {name: value for name, value in given.items() if name in spec.parameters}
         loaded.check(chosen)
         return loaded(Ragged(hidden, ids.lengths), {name: known[name] for name in wanted}, chosen)
+
+
+def embed_contents(
+    path: Path,
+    items: list[tuple[str, list[Any]]],
+    parameters: dict[str, Any] | None = None,
+    max_batch_tokens: int = 16384,
+    **options: Any,
+) -> np.ndarray:
+    """Dense embeddings [n, d] of texts and pictures, by the same code that the stages run."""
+    given = ServingOptions(**options)
+    checkpoint = Checkpoint.read(path)
+    family = family_of(checkpoint)
+    assert family.vision is not None
+    tokens = family.vision.tokens(checkpoint.config)
+    name = given.chat_template or family.vision.chat_prompt
+    chat = CHAT_PROMPTS[name] if name else None
+    tokenizer = TextTokenizer(checkpoint, family.max_length(checkpoint), chat=chat)
+    settings = TokenizerSettings.read(parameters or {}, checkpoint, "right", chat=chat)
+    processor = family.vision.processor(checkpoint, given)
+    seen = [[processor(image) for image in images] for _, images in items]
+    grids = np.zeros((len(items), max(map(len, seen)) or 1, 3), np.int32)
+    for i, row in enumerate(seen):
+        for j, (_, grid) in enumerate(row):
+            grids[i, j] = grid
+    has_images = any(map(len, seen))
+    rows = ContentTokenizer(tokenizer, tokens, chat).encode(
+        [text.encode() for text, _ in items], grids if has_images else None, settings
+    )
+    ids = Ragged.pack([torch.from_numpy(row.ids.astype(np.int64)) for row in rows])
+    patches = [patch for row in seen for patch, _ in row]
+    images = Images(
+        torch.from_numpy(np.concatenate([np.empty((0, 3 * processor.patch_size**2), np.uint8), *patches])),
+        grids[grids[:, :, 0] > 0].astype(np.int64),
+    )
+    forward = load_forward(checkpoint, shares_prefixes=family.is_decoder)
+    encoder = choose_image_encoder(forward, family.vision, checkpoint, given, max_batch_tokens)
+    places = token_rows("last", ids, checkpoint)
+    with torch.inference_mode():
+        hidden = encoder(ids, images, torch.float32, places)
+        head = HEADS["dense"].load(checkpoint, CPU, torch.float32)
+        return head(Ragged(hidden, np.ones(len(items), np.int64)), {}, {})[DENSE].numpy()
 
 
 def logits(

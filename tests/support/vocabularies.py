@@ -109,7 +109,9 @@ def write_unigram(path: Path, max_length: int) -> int:
     return len(vocabulary)
 
 
+STARTOFTEXT = "<|startoftext|>"
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 # Beside the words: what rerankers answer with, and what stands in their prompts.
 _PROMPT_WORDS = [
     "yes",
@@ -146,7 +148,7 @@ def write_qwen(path: Path, max_length: int, *, has_eos: bool = False, **settings
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [ENDOFTEXT, IM_START, IM_END]
+    special = [ENDOFTEXT, IM_START, IM_END, *VISION]
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(["<think>", "</think>"])
     byte_level = processors.ByteLevel(trim_offsets=False)
@@ -251,3 +253,56 @@ def _merge(alphabet: list[str], words: list[str]) -> tuple[dict[str, int], list[
                 merges.append(pair)
                 pieces.append(word[:end])
     return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges
+
+
+_CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def write_clip(path: Path, max_length: int = 77) -> int:
+    """CLIP's byte-level BPE, whose words end with </w>. Gives its size; the last two are the special tokens.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
+    merges = []
+    for word in _WORDS:
+        letters = [*word[:-1], f"{word[-1]}</w>"]
+        for end in range(1, len(letters)):
+            pair = "".join(letters[:end]), letters[end]
+            if pair not in merges:
+                merges.append(pair)
+                pieces.append("".join(pair))
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, STARTOFTEXT, ENDOFTEXT]))}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=ENDOFTEXT, end_of_word_suffix="</w>", fuse_unk=False)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_SPLIT), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (ENDOFTEXT, vocabulary[ENDOFTEXT]),
+        (STARTOFTEXT, vocabulary[STARTOFTEXT]),
+        trim_offsets=False,
+        add_prefix_space=False,
+    )
+    tokenizer.add_special_tokens([STARTOFTEXT, ENDOFTEXT])
+    tokenizer.save(str(path / "tokenizer.json"))
+    write_json(
+        path / "tokenizer_config.json",
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": max_length,
+            "do_lower_case": True,
+            "bos_token": STARTOFTEXT,
+            "eos_token": ENDOFTEXT,
+            "pad_token": ENDOFTEXT,
+            "unk_token": ENDOFTEXT,
+        },
+    )
+    return len(vocabulary)

@@ -1,0 +1,72 @@
+"""The image stage: image [n, k] -> patches [1, p, c], image_grid [n, k, 3].
+
+Without torch, and in a process of its own: reading files holds up nobody's texts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from backends.contract import IMAGE, IMAGE_GRID, PATCHES
+from backends.errors import CheckpointError, RequestError
+from backends.families import family_of
+from backends.image_file import read_image
+from backends.image_processing import Grid, Patches
+from backends.stages.base import Answer, Stage, StageContext, StageRequest
+
+Seen = tuple[Patches, Grid]
+
+
+class ImageStage(Stage):
+    """Reads image files and makes them ready for the model."""
+
+    def setup(self, context: StageContext) -> None:
+        vision = family_of(context.checkpoint, context.options.model_type).vision
+        if vision is None:
+            raise CheckpointError(f"{context.checkpoint.path} is a model of texts only")
+        self.processor = vision.processor(context.checkpoint, context.options)
+        self.width = 3 * self.processor.patch_size**2
+        # Pillow's decoders and filters let other threads run.
+        self.pool = ThreadPoolExecutor(context.options.threads or len(os.sched_getaffinity(0)))
+
+    def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
+        files = [request.array(IMAGE) for request in batch]
+        jobs = (
+            (data, item, place, array.shape[1])
+            for array in files
+            for item, row in enumerate(array)
+            for place, data in enumerate(row)
+        )
+        seen = iter(list(self.pool.map(self._see, jobs)))
+        return [_answer(array, [next(seen) for _ in range(array.size)], self.width) for array in files]
+
+    def _see(self, job: tuple[bytes, int, int, int]) -> Seen | RequestError | None:
+        """None where there is no image."""
+        data, item, place, most = job
+        if not data:
+            return None
+        try:
+            return self.processor(read_image(data))
+        except RequestError as error:
+            which = f"image {place + 1} of this item: " if most > 1 else ""
+            return RequestError(error.failure.code, f"{which}{error.failure.message}", item)
+
+
+def _answer(
+    files: npt.NDArray[Any], seen: Sequence[Seen | RequestError | None], width: int
+) -> Answer | RequestError:
+    grids = np.zeros((*files.shape, 3), np.int32)
+    patches: list[Patches] = [np.empty((0, width), np.uint8)]
+    for place, one in zip(np.ndindex(*files.shape), seen, strict=True):
+        if isinstance(one, RequestError):
+            return one
+        if one is not None:
+            patches.append(one[0])
+            grids[place] = one[1]
+    return {PATCHES: np.concatenate(patches)[None], IMAGE_GRID: grids}
