@@ -32,7 +32,7 @@ class ChatPrompt:
 
     def opening(self, instruction: str | None) -> str:
         """All that stands before the user's own words."""
-        text = self.instruction if instruction is None else instruction.strip()
+        text = (instruction or "").strip() or self.instruction
         if self.ends_instructions and not unicodedata.category(text[-1]).startswith("P"):
             text += "."
         return self.before.format(text)

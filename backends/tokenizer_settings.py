@@ -67,7 +67,8 @@ class TokenizerSettings:
         instruction = _instruction(parameters)
         caps = [_read_cap(parameters, name) for name in _CAPS]
         if chat is not None:
-            opening, words = _open(parameters, role, instruction, chat, named)
+            usual = named.get(checkpoint.default_prompt_name or "")
+            opening, words = _open(parameters, role, instruction, chat, named, usual)
             return cls(opening + words, opening, instruction, wanted, text_format == "ids", role, *caps)
         if instruction is not None and template is not None:
             prompt = _instruct(parameters, role, instruction, template)
@@ -135,6 +136,7 @@ def _open(
     instruction: str | None,
     chat: ChatPrompt,
     prompts: Mapping[str, str],
+    usual: str | None,
 ) -> tuple[str, str]:
     """What a chat begins with, and the words that a request puts before the user's; the checkpoint's own
     prompts are instructions there.
@@ -145,9 +147,7 @@ def _open(
         other = "input_type document" if role == "document" else f"prompt_name {name!r}"
         raise RequestError(
             ErrorCode.INVALID_INSTRUCTION,
-            f"instruction and {other} exclude each other: documents of this model have the usual "
-            "instruction, and "
-            "its prompts are instructions; give one",
+            f"instruction and {other} both say what the instruction is; give one",
         )
     if literal is not None and not isinstance(literal, str):
         raise RequestError(ErrorCode.INVALID_PROMPT, f"prompt is {literal!r}; it takes a string")
@@ -155,7 +155,9 @@ def _open(
         own = {"query": "", "document": "", **prompts}
         instruction = _prompt({RequestParameter.PROMPT_NAME: name}, own, None, None) or None
     elif instruction is None and role is not None:
-        instruction = prompts.get(role) or None
+        instruction = prompts.get(role) or usual or None
+    elif instruction is None:
+        instruction = usual or None
     return chat.opening(instruction), literal or ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from backends.grouping import neighbours
 from backends.ragged import Lengths
 
 Grids = npt.NDArray[np.int64]
@@ -55,22 +55,15 @@ def see(model: Sees, images: Images, max_patches: int) -> torch.Tensor:
     """States [r, ...] of all images, in passes of at most `max_patches` patches or of one image."""
     counts = images.counts
     ends = np.cumsum(counts)
+    # Their order stays: states are used in it.
     parts = [
-        model.see(images.patches[ends[first] - counts[first] : ends[last - 1]], images.grids[first:last])
-        for first, last in _passes(counts, max_patches)
+        model.see(
+            images.patches[ends[part.start] - counts[part.start] : ends[part.stop - 1]],
+            images.grids[part.start : part.stop],
+        )
+        for part in neighbours(counts.tolist(), max_patches)
     ]
     return torch.cat(parts) if len(parts) != 1 else parts[0]
-
-
-def _passes(counts: Lengths, most: int) -> Iterator[tuple[int, int]]:
-    """Neighbours, from and to. Their order stays: states are used in it."""
-    start, total = 0, 0
-    for i, count in enumerate(counts.tolist()):
-        if i > start and total + count > most:
-            yield start, i
-            start, total = i, 0
-        total += count
-    yield start, len(counts)
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,10 @@ def _reason(checkpoint: Checkpoint) -> str | None:
     how = (
         "+".join(pooling_modes(first.config)) if first is not None and first.kind == "Pooling" else "own code"
     )
-    return f"its tokens are pooled ({how})"
+    if checkpoint.model_type == "clip":
+        return "texts and images, each by a model of its own"
+    what = "texts, images and both" if checkpoint.is_multimodal else "its tokens"
+    return f"{what} are pooled ({how})"
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, str]:

@@ -29,6 +29,7 @@ from backends.encode import encode
 from backends.encode_images import ImageEncoder, choose_image_encoder
 from backends.families import family_of
 from backends.forward import Forward
+from backends.grouping import neighbours
 from backends.heads import encoder_inputs, only_row
 from backends.last_token import token_rows
 from backends.options import WIRE_DTYPES
@@ -104,16 +105,12 @@ class EncoderStage(Stage):
 
     def cut(self, batch: Sequence[StageRequest]) -> list[range]:
         """Groups of requests with hidden states of a few passes: a batch holds any number of long lists."""
-        limit = _PASSES_IN_MEMORY * self.max_batch_tokens
-        groups: list[range] = []
-        start, total = 0, 0
-        for i, request in enumerate(batch):
-            size = request.array(INPUT_IDS).shape[1]
-            if i > start and total + size > limit:
-                groups.append(range(start, i))
-                start, total = i, 0
-            total += size
-        return [*groups, range(start, len(batch))]
+        return neighbours(map(self._size, batch), _PASSES_IN_MEMORY * self.max_batch_tokens)
+
+    def _size(self, request: StageRequest) -> int:
+        """Tokens and patches."""
+        names = (INPUT_IDS,) if self.images is None else (INPUT_IDS, PATCHES)
+        return sum(request.array(name).shape[1] for name in names)
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer]:
         ids = np.concatenate([request.array(INPUT_IDS)[0] for request in batch])

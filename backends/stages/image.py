@@ -16,11 +16,14 @@ import numpy.typing as npt
 from backends.contract import IMAGE, IMAGE_GRID, PATCHES
 from backends.errors import CheckpointError, RequestError
 from backends.families import family_of
+from backends.grouping import neighbours
 from backends.image_file import read_image
 from backends.image_processing import Grid, Patches
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 
 Seen = tuple[Patches, Grid]
+# Pixels of so many pictures, and as many patches, are in memory at once, besides those of one request.
+_IMAGES_AT_ONCE = 16
 
 
 class ImageStage(Stage):
@@ -34,6 +37,10 @@ class ImageStage(Stage):
         self.width = 3 * self.processor.patch_size**2
         # Pillow's decoders and filters let other threads run.
         self.pool = ThreadPoolExecutor(context.options.threads or len(os.sched_getaffinity(0)))
+
+    def cut(self, batch: Sequence[StageRequest]) -> list[range]:
+        """Groups of few images: the encoder begins with the first while the next are read."""
+        return neighbours((request.array(IMAGE).size for request in batch), _IMAGES_AT_ONCE)
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
         files = [request.array(IMAGE) for request in batch]

@@ -7,10 +7,10 @@ from backends.checkpoint import Checkpoint
 from backends.contract import StageSpec, TensorSpec
 from backends.errors import CheckpointError, OptionError
 from backends.options import ServingOptions
-from backends.repository.pbtxt import ensemble_config, parse, stage_config
+from backends.repository.pbtxt import ensemble_config, multimodal_config, parse, stage_config
 from backends.repository.pipeline import build_pipeline, check_wiring
 from backends.repository.writer import list_pipelines, remove, render, write
-from tests.support import checkpoints, decoders
+from tests.support import checkpoints, decoders, multimodal
 from tests.support.checkpoints import sentence_transformer, write_json, xlm_roberta
 
 MEAN = {"pooling_mode": "mean"}
@@ -243,3 +243,99 @@ def test_max_length_is_within_the_positions_that_are_free(path, tmp_path):
     # Two of its 66 positions are before the first token.
     with pytest.raises(OptionError, match="max_length is 65; this model takes at most 64"):
         build(xlm_roberta(tmp_path / "x"), max_length=65)
+
+
+def test_a_model_of_texts_and_images_has_a_second_ensemble(tmp_path):
+    path = multimodal.gme(tmp_path / "gme")
+    pipeline = build(path, "gme")
+    plain, second = parse(ensemble_config(pipeline)), parse(multimodal_config(pipeline))
+    assert [step.model_name for step in plain.ensemble_scheduling.step] == [
+        "gme.tokenizer",
+        "gme.encoder",
+        "gme.dense",
+    ], "no image stage for texts"
+    assert [step.model_name for step in second.ensemble_scheduling.step] == [
+        "gme.image",
+        "gme.tokenizer",
+        "gme.encoder",
+        "gme.dense",
+    ]
+    assert [spec.name for spec in second.input] == ["text", "image"]
+    assert [spec.name for spec in second.output] == [spec.name for spec in plain.output]
+    tokenizers = [
+        step
+        for config in (plain, second)
+        for step in config.ensemble_scheduling.step
+        if step.model_name == "gme.tokenizer"
+    ]
+    assert "patches" in tokenizers[0].output_map, "empty ones"
+    assert "patches" not in tokenizers[1].output_map, "those come from the image stage"
+    assert dict(tokenizers[1].input_map) == {"text": "text", "image_grid": "image_grid"}
+    stage = parse(stage_config(pipeline, stages(pipeline)["tokenizer"]))
+    assert [(spec.name, spec.optional) for spec in stage.input] == [("text", False), ("image_grid", True)]
+    encoder = parse(stage_config(pipeline, stages(pipeline)["encoder"]))
+    assert not any(spec.optional for spec in encoder.input), "else texts and images would not share batches"
+    assert not second.parameters, "it describes no model of its own"
+    facts = pipeline.parameters
+    assert (facts["modalities"], facts["fuses"], facts["max_image_tokens"]) == ("text,image", "true", "1280")
+    clip = build(multimodal.clip(tmp_path / "clip"), "clip").parameters
+    assert (clip["modalities"], clip.get("fuses"), clip["max_image_tokens"]) == ("text,image", None, "10")
+
+
+def test_both_ensembles_are_written_listed_once_and_removed(tmp_path, path):
+    repository = tmp_path / "models"
+    write(repository, build(multimodal.clip(tmp_path / "clip"), "clip"))
+    write(repository, build(path, "tiny"))
+    write(repository, build(path, "clip.other"))
+    entries = {f.name for f in repository.iterdir()}
+    assert {"clip", "clip.multimodal", "clip.image", "clip.tokenizer"} <= entries
+    assert [entry.name for entry in list_pipelines(repository)] == ["clip", "clip.other", "tiny"]
+    # The same name for a model of texts: nothing of the other stays.
+    write(repository, build(path, "clip"))
+    assert not {"clip.multimodal", "clip.image"} & {f.name for f in repository.iterdir()}
+    write(repository, build(tmp_path / "clip", "clip"))
+    remove(repository, "clip")
+    assert {f.name for f in repository.iterdir() if f.name.startswith("clip")} == {
+        name for name in entries if name.startswith("clip.other")
+    }
+
+
+def test_a_model_of_somebody_s_with_the_second_name_stays(tmp_path, path):
+    repository = tmp_path / "models"
+    write(repository, build(path, "clip"))
+    write(repository, build(path, "clip.multimodal"))
+    remove(repository, "clip")
+    assert [entry.name for entry in list_pipelines(repository)] == ["clip.multimodal"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"chat_template": "gme-qwen2-vl"},
+            "--chat-template gme-qwen2-vl is for models whose texts and images",
+        ),
+        ({"image_positions": "plain"}, "--image-positions plain is for"),
+        ({"max_image_tokens": 5}, "--max-image-tokens 5 is for"),
+    ],
+)
+def test_options_of_images_for_models_of_texts(path, tmp_path, options, message):
+    for checkpoint in (path, multimodal.clip(tmp_path / "clip")):
+        with pytest.raises(OptionError, match=message):
+            build(checkpoint, **options)
+
+
+def test_a_guess_is_told(tmp_path):
+    bare = build(multimodal.qwen2_vl(tmp_path / "bare"))
+    assert any("its prompt is gme-qwen2-vl" in note for note in bare.notes)
+    for told in (
+        build(multimodal.gme(tmp_path / "gme")),
+        build(tmp_path / "bare", chat_template="gme-qwen2-vl"),
+    ):
+        assert not any("its prompt is" in note for note in told.notes)
+
+
+def test_every_token_of_clip_cannot_be_had(tmp_path):
+    with pytest.raises(CheckpointError, match="has one vector for each text or image"):
+        build(multimodal.clip(tmp_path / "clip"), task="ALL_EMBEDDING")
+    assert "tokens" in stages(build(multimodal.qwen2_vl(tmp_path / "q"), task="tokens"))
