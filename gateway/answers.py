@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from gateway.inference import Array
+from gateway.batches import Array
 from gateway.tasks import Classified, Representations, SparseVector
 from gateway.wire import matrix, to_base64
 

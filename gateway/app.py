@@ -21,6 +21,7 @@ from gateway.endpoints import DEFAULT_DIALECT, DIALECTS
 from gateway.endpoints.dialect import Services
 from gateway.error_bodies import ErrorStyle
 from gateway.errors import BadRequest, GatewayError, ServerFault
+from gateway.images import ImageLoader
 from gateway.inference import GrpcInference, Inference
 from gateway.readiness import Readiness
 from gateway.scoring import Scorer
@@ -54,7 +55,10 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         # One thread: a request with much to compare must not take the processor from all others.
         calculator = ThreadPoolExecutor(1, "calculator")
         scorer = Scorer(own, catalog, calculator, settings.max_products)
-        app.state.services = Services(settings, own, catalog, readiness, Vocabulary(own), scorer, calculator)
+        images = ImageLoader(settings)
+        app.state.services = Services(
+            settings, own, catalog, readiness, Vocabulary(own), scorer, calculator, images
+        )
         watch = asyncio.create_task(readiness.watch())
         # What lives by now lives for ever: without it, collections of old objects double the 99th percentile.
         gc.freeze()
@@ -63,6 +67,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         with contextlib.suppress(asyncio.CancelledError):
             await watch
         calculator.shutdown(wait=False, cancel_futures=True)
+        await images.close()
         await own.close()
 
     # FastAPI's own /docs is blank on a machine without the internet: it takes its scripts from a CDN.

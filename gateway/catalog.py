@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from backends.contract import Task
 from gateway.errors import GatewayError, Unavailable, UnknownModel, WrongTask
-from gateway.inference import Inference, Pipeline
+from gateway.inference import Inference
+from gateway.pipeline import Pipeline
 
 # A client that asks for a model that is not there makes the gateway look again, but not more often than this.
 _REFRESH_INTERVAL_S = 1.0
@@ -38,16 +39,17 @@ class Catalog:
             self._refreshed_at = time.monotonic()
         return self.pipelines
 
-    async def find(self, model: str | None, *tasks: Task) -> Pipeline:
-        """The model of that name; without a name, the first that serves all the tasks.
+    async def find(self, model: str | None, *tasks: Task, prefers_images: bool = False) -> Pipeline:
+        """The model of that name; without a name, the first that serves all the tasks, and of these one that
+        takes images if that is preferred.
 
         Raises UnknownModel with the known names, WrongTask for a model that does not serve a task,
         Unavailable when the server cannot tell.
         """
-        found = self._match(model, tasks)
+        found = self._match(model, tasks, prefers_images)
         if found is None and time.monotonic() - self._refreshed_at > _REFRESH_INTERVAL_S:
             await self.refresh()
-            found = self._match(model, tasks)
+            found = self._match(model, tasks, prefers_images)
         if found is None:
             raise self._unknown(model, tasks)
         missing = [task for task in tasks if task not in found.tasks]
@@ -60,11 +62,18 @@ class Catalog:
             )
         return found
 
-    def _match(self, model: str | None, tasks: Sequence[Task]) -> Pipeline | None:
+    def _match(self, model: str | None, tasks: Sequence[Task], prefers_images: bool) -> Pipeline | None:
         if not model:
             able = [p for p in self._pipelines if p.tasks.issuperset(tasks)]
             # A reranker can be asked for its logits, but who asks for classes means a classifier.
-            return min(able, key=lambda p: Task.CLASSIFY in tasks and Task.SCORE in p.tasks, default=None)
+            return min(
+                able,
+                key=lambda p: (
+                    Task.CLASSIFY in tasks and Task.SCORE in p.tasks,
+                    prefers_images and not p.takes_images,
+                ),
+                default=None,
+            )
         return next((p for p in self._pipelines if model in (p.served_model_name, p.name)), None)
 
     def _others(self, tasks: Sequence[Task]) -> str:

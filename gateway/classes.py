@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from backends.contract import Task
 from gateway.answers import truncated_header
+from gateway.batches import Array
 from gateway.catalog import Catalog
 from gateway.errors import BadRequest, EmptyInput
-from gateway.inference import Array, Inference, Pipeline
+from gateway.inference import Inference
 from gateway.inputs import SIDES, read_text
+from gateway.pipeline import Pipeline
 from gateway.scoring import activate
 from gateway.tasks import Classified, Items, TextOptions, classify
 from gateway.wire import in_turns

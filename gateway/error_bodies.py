@@ -56,6 +56,9 @@ def _rerank_body(error: GatewayError) -> dict[str, Any]:
     return {"message": body["message"], "detail": body["message"], "error": body}
 
 
+COHERE = ErrorStyle(lambda error: {"message": _openai_error(error, "texts")["message"]})
+"""{"message"}."""
+
 RERANK = ErrorStyle(_rerank_body)
 """What clients of Cohere (message), of Jina and Voyage (detail), and of OpenAI's shape (error) read,
 in one body.

@@ -1,17 +1,16 @@
-"""What requests of all dialects say about texts: the texts themselves, and how to treat them."""
+"""What requests of all dialects say about texts: how to treat them, and the texts of pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from backends.contract import ErrorCode, Task
-from gateway.errors import ADVICE, BadRequest, EmptyInput
-from gateway.inference import Pipeline
-from gateway.settings import Settings
-from gateway.tasks import Items, TextOptions
+from gateway.errors import BadRequest, EmptyInput
+from gateway.pipeline import Pipeline
+from gateway.tasks import TextOptions
 
 _KINDS = {
     type(None): "null",
@@ -22,23 +21,11 @@ _KINDS = {
     list: "a list",
 }
 
-# Checked by read_items: a validator that tries four kinds of list in turn takes seconds for a large one.
-_SCHEMA = {
-    "description": "A text, a list of texts, a list of token ids, or a list of such lists.",
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "array", "items": {"type": "integer"}},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
-    ],
-}
-Inputs = Annotated[Any, WithJsonSchema(_SCHEMA)]
-
 # What the server's request parameters hold for sure, and more than anybody means.
 MAX_INT = 2**31 - 1
 SIDES = {"left": "left", "right": "right", "Left": "left", "Right": "right"}
 """text-embeddings-inference's spellings."""
-_ROLES = {
+ROLES = {
     "query": "query",
     "search_query": "query",
     "document": "document",
@@ -116,103 +103,9 @@ def text_options(body: TextFields, pipeline: Pipeline, tasks: Collection[Task]) 
         truncation=truncation,
         dimensions=body.dimensions,
         normalize=body.normalize,
-        role=_ROLES[body.input_type] if body.input_type else None,
+        role=ROLES[body.input_type] if body.input_type else None,
         top_k=body.top_k,
     )
-
-
-def read_items(value: Any, settings: Settings, field: str = "input") -> Items:
-    """The forms that texts come in: a text, texts, token ids, lists of token ids; a text may stand in an
-    object, {"text": ...}.
-
-    Raises BadRequest, which names the item at fault.
-    """
-    if isinstance(value, (str, dict)):
-        value = [value]
-    if not isinstance(value, list):
-        raise BadRequest(
-            f"{field} is {_kind(value)}; it takes a string, a list of strings, or lists of token ids",
-            param=field,
-        )
-    if not value:
-        raise EmptyInput(f"{field} is an empty list; send at least one text", param=field)
-    if _is_id(value[0]):
-        for i, token in enumerate(value):
-            if not _is_id(token):
-                raise BadRequest(
-                    f"{field}[{i}] is {_kind(token)}; after a token id, every item must be one", param=field
-                )
-        value = [value]
-    if len(value) > settings.max_items:
-        raise BadRequest(
-            f"{field} has {len(value)} items; at most {settings.max_items} can be sent in one request",
-            param=field,
-        )
-    if isinstance(value[0], (str, dict)):
-        return _texts(value, field)
-    return _id_rows(value, settings.max_token_ids, field)
-
-
-def _texts(value: list[Any], field: str) -> Items:
-    texts = [_text_of(item) for item in value]
-    for i, text in enumerate(texts):
-        if isinstance(text, dict):
-            held = ", ".join(map(str, list(text)[:4])) or "nothing"
-            raise BadRequest(
-                f'{field}[{i}] is an object that holds {held}; texts stand in {{"text": "..."}}, and nothing '
-                "else can be embedded yet",
-                param=field,
-            )
-        if not isinstance(text, str):
-            raise BadRequest(
-                f"{field}[{i}] is {_kind(text)}; after a string, every item must be a string", param=field
-            )
-        if not text:
-            raise EmptyInput(f"{field}[{i}] is an empty string; leave it out, or send some text", param=field)
-    return Items.of_texts(texts)
-
-
-def _text_of(item: Any) -> Any:
-    """The text of {"text": ...} or {"type": "text", "text": ...}; anything else as it is."""
-    if isinstance(item, dict) and item.get("type", "text") == "text" and set(item) <= {"type", "text"}:
-        return item.get("text")
-    return item
-
-
-def _id_rows(value: list[Any], max_token_ids: int, field: str) -> Items:
-    for i, row in enumerate(value):
-        if not isinstance(row, list):
-            raise BadRequest(
-                f"{field}[{i}] is {_kind(row)}; items are strings, or lists of token ids", param=field
-            )
-        if not row:
-            raise EmptyInput(
-                f"{field}[{i}] is an empty list; leave it out, or send some token ids", param=field
-            )
-    count = sum(map(len, value))
-    if count > max_token_ids:
-        raise BadRequest(
-            f"{field} has {count} token ids; at most {max_token_ids} can be sent in one request", param=field
-        )
-    for i, row in enumerate(value):
-        for token in row:
-            if not _is_id(token):
-                raise BadRequest(
-                    f"{field}[{i}] holds {_kind(token)}; a list of token ids holds whole numbers only",
-                    param=field,
-                )
-            if not 0 <= token < 2**31:
-                raise BadRequest(
-                    f"{field}[{i}]: {token} is no token id of any model; "
-                    f"{ADVICE[ErrorCode.INVALID_TOKEN_ID]}",
-                    param=field,
-                    code=ErrorCode.INVALID_TOKEN_ID,
-                )
-    return Items.of_ids(value)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def read_limit(truncate_prompt_tokens: int | None) -> int | None:
@@ -230,7 +123,8 @@ def read_instruction(instruction: str | None, instruct: str | None, pipeline: Pi
     return instruction or (instruct if pipeline.takes_instructions else None) or None
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value of a body is called."""
     return _KINDS.get(type(value), "an object")
 
 
@@ -238,7 +132,7 @@ def read_text(value: Any, field: str, *, may_be_empty: bool = False) -> str:
     """One text: a string, {"text": ...}, or content parts of which all are texts. Raises BadRequest."""
     text = _join_parts(value, field)
     if not isinstance(text, str):
-        raise BadRequest(f'{field} is {_kind(value)}; it takes a text, or {{"text": "..."}}', param=field)
+        raise BadRequest(f'{field} is {kind_of(value)}; it takes a text, or {{"text": "..."}}', param=field)
     if not text and not may_be_empty:
         raise EmptyInput(f"{field} is an empty string; send some text", param=field.split("[")[0])
     return text

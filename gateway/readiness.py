@@ -12,14 +12,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from backends.contract import TASK_OUTPUTS, RequestParameter
+from backends.contract import IMAGE_GRID, TASK_OUTPUTS, RequestParameter
+from gateway.batches import Content
 from gateway.catalog import Catalog
 from gateway.errors import GatewayError
-from gateway.inference import Inference, Pipeline
+from gateway.inference import Inference
+from gateway.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
 _CANARY = b"ready?"
+# A grey pixel, as PNG.
+_IMAGE_CANARY = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a4944415478da6368000000820081da45083b0000000049454e44ae426082"
+)
 # How soon a model that does not answer is asked again.
 _RETRY_INTERVAL_S = 0.25
 # A list of models takes milliseconds.
@@ -124,13 +131,19 @@ class Readiness:
         self._failures[pipeline.name] = reason
 
     async def _fault_of_canary(self, pipeline: Pipeline) -> str | None:
-        """Asks for everything that the model serves; why that failed, or None."""
+        """Asks for everything that the model serves; why that failed, or None.
+
+        Of what images need, texts ask everything but the image stage.
+        """
         outputs = [name for task in sorted(pipeline.tasks) for name in TASK_OUTPUTS[task]]
         try:
             async with asyncio.timeout(self._patience_s):
                 await self._inference.infer(
                     pipeline, [_CANARY], outputs, {RequestParameter.TRUNCATION: "right"}
                 )
+                if pipeline.takes_images:
+                    image = Content(b"", (_IMAGE_CANARY,))
+                    await self._inference.infer(pipeline, [image], (IMAGE_GRID,), {}, stage="image")
         except GatewayError as error:
             return error.message
         except TimeoutError:

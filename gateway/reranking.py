@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from gateway.answers import truncated_header
 from gateway.errors import BadRequest
-from gateway.inference import Pipeline
 from gateway.inputs import MAX_INT, SIDES, read_instruction, read_limit, read_text, read_texts
 from gateway.kinds import read_weights
+from gateway.pipeline import Pipeline
 from gateway.scoring import Scorer
 from gateway.tasks import TextOptions
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from backends.contract import MAX_CHARS_PER_TOKEN, Task
+from gateway.batches import Array
 from gateway.catalog import Catalog
 from gateway.errors import AnswerTooLarge, BadRequest, WrongTask
-from gateway.inference import Array, Inference, Pipeline
+from gateway.inference import Inference
 from gateway.kinds import DEFAULT_WEIGHTS, KIND_TASKS, kinds_to_tasks
+from gateway.pipeline import Pipeline
 from gateway.similarity import count_products, mixed_scores
 from gateway.tasks import Items, Representations, Side, TextOptions, classify, represent_sides
 

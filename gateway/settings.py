@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from gateway.image_hosts import ImageHosts
 
 
 class Settings(BaseSettings):
@@ -31,6 +33,17 @@ class Settings(BaseSettings):
     """Text of one request to /tokenize, whose answer is a hundred times larger."""
     max_products: int = Field(10**11, ge=1)
     """Multiplications of one request for similarities: seconds of a processor."""
+    max_image_bytes: int = Field(20 * 2**20, ge=1)
+    """Of one encoded image file, sent or fetched."""
+    allow_image_urls: bool = False
+    """Whether images are fetched from the web, where they have public addresses."""
+    image_hosts: str = ""
+    """The only hosts that images are fetched from, with commas between them; `gateway/image_hosts.py` reads
+    them. Any entry allows it.
+    """
+    image_timeout_s: float = Field(10.0, gt=0)
+    """Of one fetch, with its redirects."""
+    max_image_redirects: int = Field(3, ge=0)
     request_timeout_s: float = Field(300.0, gt=0)
     """After this long without an answer from the server a request fails with 504."""
     canary_interval_s: float = Field(5.0, gt=0)
@@ -40,3 +53,14 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_timeout_s: int = Field(30, ge=1)
     """How long a stopping gateway waits for the requests that it has accepted."""
+
+    @field_validator("image_hosts")
+    @classmethod
+    def _check_hosts(cls, text: str) -> str:
+        ImageHosts.parse(text)
+        return text
+
+    @property
+    def fetches_images(self) -> bool:
+        """Whether images may be given as URLs of the web."""
+        return self.allow_image_urls or not ImageHosts.parse(self.image_hosts).is_empty

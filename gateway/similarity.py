@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gateway.inference import Array
+from gateway.batches import Array
 from gateway.tasks import Representations, SparseVector
 
 # Numbers of one block of products between tokens: 32 MB.

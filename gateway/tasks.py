@@ -33,13 +33,15 @@ from backends.contract import (
     RequestParameter,
     Task,
 )
+from gateway.batches import Array, Item
 from gateway.errors import BadRequest, RefusedItem, ServerFault
-from gateway.inference import Array, Inference, Item, Pipeline
+from gateway.inference import Inference
+from gateway.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
 class Items:
-    """The inputs of a request, as they travel in the tensor `text`."""
+    """The inputs of a request, as they travel in the tensors `text` and `image`."""
 
     elements: Sequence[Item]
     has_ids: bool = False
@@ -97,7 +99,7 @@ class SparseVector:
 
 @dataclass(frozen=True)
 class Representations:
-    """What a model makes of texts, as far as it was asked for."""
+    """What a model makes of texts and images, as far as it was asked for."""
 
     n_tokens: Array
     """int32 [n], special tokens included."""
@@ -121,13 +123,22 @@ class Representations:
 
 
 async def represent(
-    inference: Inference, pipeline: Pipeline, items: Items, tasks: Collection[Task], options: TextOptions
+    inference: Inference,
+    pipeline: Pipeline,
+    items: Items,
+    tasks: Collection[Task],
+    options: TextOptions,
+    field: str = "",
 ) -> Representations:
-    """Everything that the tasks ask of texts, from one pass of the encoder. Raises GatewayError."""
+    """Everything that the tasks ask of items, from one pass of the encoder. Raises GatewayError.
+
+    `field` is what the client calls the items, where it is not what others of its dialect do.
+    """
     outputs = [name for task in tasks for name in TASK_OUTPUTS[task]]
-    rows: dict[str, Any] = await inference.infer(
-        pipeline, items.elements, [*outputs, *ACCOUNT_OUTPUTS], _parameters(items, options)
-    )
+    with _naming_fields((field, len(items.elements))):
+        rows: dict[str, Any] = await inference.infer(
+            pipeline, items.elements, [*outputs, *ACCOUNT_OUTPUTS], _parameters(items, options)
+        )
     sparse = None
     if Task.SPARSE in tasks:
         pairs = zip(rows[SPARSE_INDICES], rows[SPARSE_WEIGHTS], strict=True)
@@ -211,8 +222,7 @@ async def _represent_side(
     tasks: Collection[Task],
     options: TextOptions,
 ) -> Representations:
-    with _naming_fields((side.field, len(side.items.elements))):
-        return await represent(inference, pipeline, side.items, tasks, options)
+    return await represent(inference, pipeline, side.items, tasks, options, side.field)
 
 
 @contextmanager

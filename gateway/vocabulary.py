@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from backends.contract import N_TOKENS, TOKEN_DTYPE, TOKEN_TEXTS, RequestParameter
-from gateway.inference import Inference, Pipeline
+from gateway.inference import Inference
+from gateway.pipeline import Pipeline
 
 # Ids of one question: a batch of SPLADE vectors names tens of thousands at first.
 _MAX_IDS = 16384

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.endpoints import classify, hybrid, openai, operations, rerank, rtp_llm, score, tei
+from gateway.endpoints import classify, cohere, hybrid, openai, operations, rerank, rtp_llm, score, tei
 from gateway.endpoints.dialect import Dialect
 
 DIALECTS: dict[str, Dialect] = {
@@ -10,6 +10,7 @@ DIALECTS: dict[str, Dialect] = {
     "hybrid": hybrid.DIALECT,
     "rtp_llm": rtp_llm.DIALECT,
     "tei": tei.DIALECT,
+    "cohere": cohere.DIALECT,
     "rerank": rerank.DIALECT,
     "score": score.DIALECT,
     "classify": classify.DIALECT,

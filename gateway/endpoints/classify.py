@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from backends.contract import Task
 from gateway import classes, error_bodies
 from gateway.answers import truncated_header, usage, usage_header
+from gateway.batches import Array
 from gateway.classes import PredictRequest
 from gateway.endpoints.dialect import Dialect, Services, describe, services, speak
 from gateway.errors import BadRequest, EmptyInput
-from gateway.inference import Array, Pipeline
 from gateway.inputs import MAX_INT, read_instruction, read_limit
+from gateway.pipeline import Pipeline
 from gateway.scoring import activate
 from gateway.tasks import Classified, TextOptions
 from gateway.wire import check, in_turns, matrix, parse, read, read_bytes, respond

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 
 from gateway.catalog import Catalog
 from gateway.error_bodies import ErrorStyle
+from gateway.images import ImageLoader
 from gateway.inference import Inference
 from gateway.readiness import Readiness
 from gateway.scoring import Scorer
@@ -29,6 +30,7 @@ class Services:
     scorer: Scorer
     calculator: Executor
     """Runs what would hold up the event loop."""
+    images: ImageLoader
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from gateway.answers import embedding_items, usage
+from gateway.drafts import load_items
 from gateway.endpoints.dialect import Dialect, describe, services
 from gateway.error_bodies import OPENAI
 from gateway.errors import WrongTask
-from gateway.inputs import Inputs, TextFields, read_items, text_options
+from gateway.inputs import text_options
+from gateway.items import InputFields, read_inputs
 from gateway.kinds import KIND_TASKS, kinds_to_tasks
 from gateway.tasks import represent
 from gateway.wire import read, respond
@@ -21,10 +23,9 @@ from gateway.wire import read, respond
 router = APIRouter()
 
 
-class HybridRequest(TextFields):
+class HybridRequest(InputFields):
     """The body of POST /v1/embeddings/hybrid."""
 
-    input: Inputs
     outputs: list[Literal["dense", "sparse", "colbert"]] | None = Field(
         None, min_length=1, description="What to give for each text; without it all that the model has."
     )
@@ -62,9 +63,9 @@ async def create_hybrid_embeddings(request: Request) -> Response:
     """
     own = services(request)
     body = await read(request, HybridRequest, own.settings.max_body_bytes)
-    items = read_items(body.input, own.settings)
+    drafts, body = read_inputs(body, own.settings)
     tasks = kinds_to_tasks(body.outputs or ())
-    pipeline = await own.catalog.find(body.model, *tasks)
+    pipeline = await own.catalog.find(body.model, *tasks, prefers_images=drafts.has_images)
     tasks = tasks or [task for task in KIND_TASKS.values() if task in pipeline.tasks]
     if not tasks:
         raise WrongTask(
@@ -73,7 +74,9 @@ async def create_hybrid_embeddings(request: Request) -> Response:
             param="model",
             code="wrong_task",
         )
-    made = await represent(own.inference, pipeline, items, tasks, text_options(body, pipeline, tasks))
+    options = text_options(body, pipeline, tasks)
+    (items,) = await load_items(own.images, own.catalog, pipeline, drafts)
+    made = await represent(own.inference, pipeline, items, tasks, options, drafts.field)
     is_base64 = body.encoding_format == "base64"
     return respond(
         {

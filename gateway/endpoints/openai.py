@@ -1,4 +1,4 @@
-"""OpenAI's embeddings and models endpoints.
+"""OpenAI's embeddings and models endpoints, and what vLLM, SGLang and infinity add to the first.
 
 *Source:* OpenAI's API reference for /v1/embeddings and /v1/models, and what openai-python 3.54 sends and
 reads.
@@ -12,21 +12,22 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from gateway.answers import embedding_items, usage
+from gateway.drafts import load_items
 from gateway.endpoints.dialect import Dialect, describe, services
 from gateway.error_bodies import OPENAI
-from gateway.inference import Pipeline
-from gateway.inputs import Inputs, TextFields, read_items, text_options
+from gateway.inputs import text_options
+from gateway.items import InputFields, read_inputs
 from gateway.kinds import kinds_to_tasks
+from gateway.pipeline import Pipeline
 from gateway.tasks import represent
 from gateway.wire import read, respond
 
 router = APIRouter()
 
 
-class EmbeddingRequest(TextFields):
+class EmbeddingRequest(InputFields):
     """The body of POST /v1/embeddings."""
 
-    input: Inputs
     encoding_format: Literal["float", "base64"] | None = None
     user: Any = None
     embedding_types: list[Literal["dense", "sparse", "colbert"]] | None = Field(
@@ -55,18 +56,20 @@ _EXAMPLES = (
 
 @router.post(
     "/v1/embeddings",
-    summary="Embed texts",
+    summary="Embed texts and images",
     openapi_extra=describe(EmbeddingRequest.model_json_schema(), *_EXAMPLES),
 )
 @router.post("/embeddings", include_in_schema=False)
 async def create_embeddings(request: Request) -> Response:
-    """Embeddings of texts or of token ids in OpenAI's format: dense, or what `embedding_types` says."""
+    """Embeddings of texts, images or token ids in OpenAI's format: dense, or what `embedding_types` says."""
     own = services(request)
     body = await read(request, EmbeddingRequest, own.settings.max_body_bytes)
-    items = read_items(body.input, own.settings)
+    drafts, body = read_inputs(body, own.settings)
     tasks = kinds_to_tasks(body.embedding_types or ["dense"])
-    pipeline = await own.catalog.find(body.model, *tasks)
-    made = await represent(own.inference, pipeline, items, tasks, text_options(body, pipeline, tasks))
+    pipeline = await own.catalog.find(body.model, *tasks, prefers_images=drafts.has_images)
+    options = text_options(body, pipeline, tasks)
+    (items,) = await load_items(own.images, own.catalog, pipeline, drafts)
+    made = await represent(own.inference, pipeline, items, tasks, options, drafts.field)
     is_base64 = body.encoding_format == "base64"
     return respond(
         {
@@ -105,6 +108,7 @@ def _describe(pipeline: Pipeline, created: int) -> dict[str, Any]:
         "family": pipeline.family,
         "dimensions": pipeline.dimensions,
         "max_length": pipeline.max_length,
+        "modalities": ["text", "image"] if pipeline.takes_images else ["text"],
     }
 
 

@@ -18,14 +18,16 @@ from pydantic import BaseModel, Field, StrictBool
 
 from backends.contract import Task
 from gateway.answers import mark_truncated, usage, usage_header, vectors_of
+from gateway.drafts import load_items
 from gateway.endpoints.dialect import Dialect, Services, describe, services
 from gateway.error_bodies import RTP_LLM
 from gateway.errors import (
     BadRequest,
 )
-from gateway.inference import Pipeline
-from gateway.inputs import Inputs, TextFields, read_items, text_options
+from gateway.inputs import TextFields, text_options
+from gateway.items import InputFields, Inputs, read_drafts, read_inputs
 from gateway.kinds import DEFAULT_WEIGHTS, kinds_to_tasks, read_weights
+from gateway.pipeline import Pipeline
 from gateway.scoring import check_products, kinds_of
 from gateway.similarity import mixed_scores
 from gateway.tasks import Representations, Side, SparseVector, represent, represent_sides
@@ -36,10 +38,9 @@ router = APIRouter()
 _KINDS = Literal["dense", "sparse", "colbert", "hybrid"]
 
 
-class EmbeddingRequest(TextFields):
+class EmbeddingRequest(InputFields):
     """The body of the routes of one kind each."""
 
-    input: Inputs
     encoding_format: Literal["float", "base64"] | None = None
 
 
@@ -137,27 +138,24 @@ async def compare(request: Request) -> Response:
     """
     own = services(request)
     body = await read(request, SimilarityRequest, own.settings.max_body_bytes)
-    left = read_items(body.left, own.settings, "left")
-    right = read_items(body.right, own.settings, "right")
-    if left.has_ids != right.has_ids:
+    lists = [read_drafts(body.left, own.settings, "left"), read_drafts(body.right, own.settings, "right")]
+    if lists[0].items.has_ids != lists[1].items.has_ids:
         raise BadRequest("one of left and right holds texts and the other token ids; send both alike")
     asked = _type(body)
     weights: dict[str, float] = {}
     if asked is not None:
         mixed = read_weights(body.weights) or DEFAULT_WEIGHTS
         weights = mixed if asked == "hybrid" else {asked: 1.0}
-    pipeline = await own.catalog.find(body.model, *kinds_to_tasks(weights))
+    prefers_images = any(one.has_images for one in lists)
+    pipeline = await own.catalog.find(body.model, *kinds_to_tasks(weights), prefers_images=prefers_images)
     if not weights:
         pipeline = pipeline if kinds_of(pipeline) else await own.catalog.find(body.model, Task.EMBED)
         weights = {kinds_of(pipeline)[0]: 1.0}
     tasks = kinds_to_tasks(weights)
+    options = text_options(body, pipeline, tasks)
+    left, right = await load_items(own.images, own.catalog, pipeline, *lists)
     sides = await represent_sides(
-        own.inference,
-        pipeline,
-        Side(left, "left"),
-        Side(right, "right"),
-        tasks,
-        text_options(body, pipeline, tasks),
+        own.inference, pipeline, Side(left, "left"), Side(right, "right"), tasks, options
     )
     check_products([sides], own.settings.max_products)
     loop = asyncio.get_running_loop()
@@ -199,10 +197,12 @@ def _type(body: SimilarityRequest) -> str | None:
 async def _create(request: Request, model: type[EmbeddingRequest], kind: str) -> Response:
     own = services(request)
     body = await read(request, model, own.settings.max_body_bytes)
-    items = read_items(body.input, own.settings)
+    drafts, body = read_inputs(body, own.settings)
     tasks = kinds_to_tasks([kind])
-    pipeline = await own.catalog.find(body.model, *tasks)
-    made = await represent(own.inference, pipeline, items, tasks, text_options(body, pipeline, tasks))
+    pipeline = await own.catalog.find(body.model, *tasks, prefers_images=drafts.has_images)
+    options = text_options(body, pipeline, tasks)
+    (items,) = await load_items(own.images, own.catalog, pipeline, drafts)
+    made = await represent(own.inference, pipeline, items, tasks, options, drafts.field)
     is_decoded = not (isinstance(body, SparseRequest) and body.return_decoded is False)
     answer = await _response(
         own,

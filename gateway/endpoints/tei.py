@@ -17,6 +17,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool
 from backends.contract import Task
 from gateway import classes, reranking
 from gateway.answers import truncated_header
+from gateway.batches import size
 from gateway.classes import PredictRequest
 from gateway.endpoints.dialect import Dialect, Services, describe, services
 from gateway.error_bodies import TEI
@@ -24,8 +25,9 @@ from gateway.errors import (
     BadRequest,
     BodyTooLarge,
 )
-from gateway.inference import Pipeline
-from gateway.inputs import SIDES, Inputs, TextFields, read_items, text_options
+from gateway.inputs import SIDES, TextFields, text_options
+from gateway.items import Texts, read_items
+from gateway.pipeline import Pipeline
 from gateway.reranking import RerankRequest
 from gateway.similarity import cosine_scores
 from gateway.tasks import (
@@ -46,7 +48,7 @@ router = APIRouter()
 class EmbedRequest(TextFields):
     """The body of /embed, /embed_sparse and /embed_all."""
 
-    inputs: Inputs
+    inputs: Texts
     truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
 
     def fields(self) -> TextFields:
@@ -86,7 +88,7 @@ class SimilarityRequest(BaseModel):
 class TokenizeRequest(TextFields):
     """The body of /tokenize."""
 
-    inputs: Inputs
+    inputs: Texts
     add_special_tokens: StrictBool = True
 
 
@@ -172,10 +174,10 @@ async def tokenize_texts(request: Request) -> Response:
     own = services(request)
     body = await read(request, TokenizeRequest, own.settings.max_body_bytes)
     items = read_items(body.inputs, own.settings, "inputs")
-    size, most = sum(map(len, items.elements)), own.settings.max_tokenize_bytes
-    if size > most:
+    count, most = sum(map(size, items.elements)), own.settings.max_tokenize_bytes
+    if count > most:
         raise BodyTooLarge(
-            f"inputs has {size} bytes of text; at most {most} are tokenised at once (the operator can raise "
+            f"inputs has {count} bytes of text; at most {most} are tokenised at once (the operator can raise "
             "the limit with GATEWAY_MAX_TOKENIZE_BYTES)",
             param="inputs",
         )

@@ -93,8 +93,38 @@ SharePrefix = Annotated[
 TrustRemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Let code that a checkpoint brings run.")
 ]
-ChatTemplate = Annotated[str | None, typer.Option(hidden=True)]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        help="The prompt around texts and images of a Qwen2-VL and its like: gme-qwen2-vl or "
+        "qwen3-vl-embedding. Default: its family's."
+    ),
+]
+ImagePositions = Annotated[
+    str | None,
+    typer.Option(
+        help="Positions of image tokens in such a model: mrope (time, height and width) or plain (as words, "
+        "which GME's own code does). Default: mrope."
+    ),
+]
+MinImageTokens = Annotated[
+    int | None, typer.Option(help="Tokens of one image, at least. Default: as the checkpoint says.")
+]
+MaxImageTokens = Annotated[
+    int | None, typer.Option(help="Tokens of one image, at most. Default: as the checkpoint says.")
+]
 MaxContextBatchSize = Annotated[int | None, typer.Option(hidden=True)]
+AllowImageUrls = Annotated[
+    bool | None,
+    typer.Option("--allow-image-urls", help="Fetch images that requests name by URL, from public addresses."),
+]
+ImageHosts = Annotated[
+    str | None,
+    typer.Option(
+        help="Fetch images from these only: comma-separated names, *.names, addresses or networks. "
+        "Implies --allow-image-urls."
+    ),
+]
 
 # What a head serves, in the words of the API.
 _SERVED = {"dense": "embed", "sparse": "sparse", "colbert": "colbert", "tokens": "tokens", "logits": "score"}
@@ -138,6 +168,10 @@ def add(
     causal: Causal = None,
     rerank_prompt: RerankPrompt = None,
     share_prefix: SharePrefix = None,
+    chat_template: ChatTemplate = None,
+    image_positions: ImagePositions = None,
+    min_image_tokens: MinImageTokens = None,
+    max_image_tokens: MaxImageTokens = None,
     trust_remote_code: TrustRemoteCode = None,
     max_context_batch_size: MaxContextBatchSize = None,
 ) -> None:
@@ -219,6 +253,8 @@ def serve(
     http_port: Annotated[int, typer.Option(**_PORT, help="tritonserver's HTTP port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(**_PORT, help="tritonserver's gRPC port.")] = 8001,
     metrics_port: Annotated[int, typer.Option(**_PORT, help="tritonserver's metrics port.")] = 8002,
+    allow_image_urls: AllowImageUrls = None,
+    image_hosts: ImageHosts = None,
     model_repository: Repository = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -234,21 +270,22 @@ def serve(
     causal: Causal = None,
     rerank_prompt: RerankPrompt = None,
     share_prefix: SharePrefix = None,
+    chat_template: ChatTemplate = None,
+    image_positions: ImagePositions = None,
+    min_image_tokens: MinImageTokens = None,
+    max_image_tokens: MaxImageTokens = None,
     trust_remote_code: TrustRemoteCode = None,
     max_context_batch_size: MaxContextBatchSize = None,
-    chat_template: ChatTemplate = None,
 ) -> None:
     """Start tritonserver and the gateway, and serve until Ctrl-C."""
     options = _given(locals())
-    if chat_template is not None:
-        raise CommandError(
-            f"--chat-template {chat_template} is for models of text and images, which are not served yet; "
-            "leave it out"
-        )
+    flags = {"allow_image_urls": "true"} if allow_image_urls else {}
+    if image_hosts is not None:
+        flags["image_hosts"] = image_hosts
     addresses = Addresses(host, port, http_port, grpc_port, metrics_port).claim()
     repository = model_repository or models.default_repository()
     with models.served_repository(repository, checkpoints or [], options, scratch_directory()) as served:
-        launch(served, addresses, console, Stop())
+        launch(served, addresses, console, Stop(), flags)
 
 
 # max_context_batch_size is RTP-LLM's way to say max_batch_tokens, and becomes it when the checkpoint is read.

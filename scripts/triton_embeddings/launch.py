@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,17 @@ _ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def launch(repository: Path, addresses: Addresses, console: Console, stop: Stop) -> None:
-    """Serves until it is told to stop. Raises CommandError when something does not start, or dies."""
+def launch(
+    repository: Path, addresses: Addresses, console: Console, stop: Stop, flags: Mapping[str, str]
+) -> None:
+    """Serves until it is told to stop. Raises CommandError when something does not start, or dies.
+
+    `flags` are settings of the gateway that stand on the command line, by the names that they have in
+    `gateway/settings.py`.
+    """
     check_packages()
     check_paths(repository, state_directory())
-    settings = read_gateway_settings()
+    settings = read_gateway_settings(flags)
     server = find_server()
     # Once more, for a download may lie between the first look and this one.
     addresses = addresses.claim()
@@ -67,7 +73,7 @@ def launch(repository: Path, addresses: Addresses, console: Console, stop: Stop)
         stack.callback(triton.stop, _SERVER_EXIT_TIMEOUT_S + 5)
         gateway_command = [sys.executable, "-m", "gateway"]
         gateway = stop.watch_over(
-            Child("gateway", gateway_command, _gateway_environment(addresses), folder=state)
+            Child("gateway", gateway_command, gateway_environment(addresses, flags), folder=state)
         )
         # Entered last, so left first: the gateway finishes its requests while the server still answers them.
         stack.callback(gateway.stop, settings.drain_timeout_s + 5)
@@ -103,9 +109,11 @@ def _server_arguments(repository: Path, addresses: Addresses, shared_memory_pref
     ]
 
 
-def _gateway_environment(addresses: Addresses) -> dict[str, str]:
+def gateway_environment(addresses: Addresses, flags: Mapping[str, str]) -> dict[str, str]:
+    """What is set here already stays, where no flag says otherwise."""
     return {
         **os.environ,
+        **{f"GATEWAY_{name.upper()}": value for name, value in flags.items()},
         "GATEWAY_HOST": addresses.host,
         "GATEWAY_PORT": str(addresses.port),
         "GATEWAY_SERVER": f"{LOOPBACK}:{addresses.grpc_port}",

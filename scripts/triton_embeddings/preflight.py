@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -33,13 +35,18 @@ def check_paths(*paths: Path) -> None:
             )
 
 
-def read_gateway_settings() -> Settings:
-    """What the gateway will read, looked at before anything is started."""
+def read_gateway_settings(flags: Mapping[str, Any]) -> Settings:
+    """What the gateway will read, looked at before anything is started.
+
+    `flags` stand on the command line, and win over the environment.
+    """
     try:
-        return Settings()
+        return Settings(**flags)
     except ValidationError as error:
         first = error.errors()[0]
-        name = f"GATEWAY_{first['loc'][0]}".upper()
-        raise CommandError(
-            f"the environment's {name} is {first['input']!r}: {first['msg'].lower()}"
-        ) from error
+        name = str(first["loc"][0])
+        where = (
+            f"--{name.replace('_', '-')}" if name in flags else f"the environment's GATEWAY_{name.upper()}"
+        )
+        reason = first["msg"].removeprefix("Value error, ")
+        raise CommandError(f"{where} is {first['input']!r}: {reason[:1].lower()}{reason[1:]}") from error

@@ -149,6 +149,13 @@ def test_what_the_environment_sets_for_the_gateway_is_looked_at_first(checkpoint
     one_line_error(result, "the environment's GATEWAY_MAX_ITEMS is 'many': input should be a valid integer")
 
 
+def test_hosts_of_images_are_looked_at_first(checkpoint):
+    result = run("serve", checkpoint, "--allow-image-urls", "--image-hosts", "cdn.example,10.0.0.1/8")
+    one_line_error(result, "--image-hosts is 'cdn.example,10.0.0.1/8': '10.0.0.1/8' is not a network")
+    result = run("serve", checkpoint, GATEWAY_IMAGE_HOSTS="a B", PATH="/usr/bin:/bin")
+    one_line_error(result, "the environment's GATEWAY_IMAGE_HOSTS is 'a B': 'a B' is neither a name")
+
+
 def test_a_chat_template_is_refused_in_one_line(checkpoint):
     one_line_error(
         run("serve", checkpoint, "--chat-template", "gme-qwen2-vl"), "--chat-template gme-qwen2-vl is for"

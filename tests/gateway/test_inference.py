@@ -5,39 +5,26 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tritonclient.utils import InferenceServerException
+from tritonclient.grpc import model_config_pb2
+from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor
 
 from backends.contract import (
     DENSE,
+    IMAGE_GRID,
     N_TOKENS,
     SPARSE_COUNT,
     SPARSE_INDICES,
+    TEXT,
     TOKEN_VECTORS,
     VECTOR_COUNT,
     ErrorCode,
 )
+from gateway import inference as inference_module
+from gateway.batches import Content
 from gateway.errors import AnswerTooLarge, RefusedItem, ServerFault, TimedOut, Unavailable
-from gateway.inference import GrpcInference, _cut
-from tests.support.fake_inference import PIPELINE
-
-
-@pytest.mark.parametrize("count", [1, 4, 5, 11])
-def test_cuts_are_within_the_batch_size_and_complete(count):
-    items = [b"x" * (i * 7 % 5) for i in range(count)]
-    parts = _cut(items, PIPELINE)
-    assert sorted(i for part in parts for i in part) == list(range(count))
-    assert all(len(part) <= 4 for part in parts)
-    if count > 4:
-        sizes = [len(items[i]) for part in parts for i in part]
-        assert sizes == sorted(sizes), "items of about one size share a server request"
-
-
-def test_cuts_are_within_the_token_budget():
-    pipeline = dataclasses.replace(PIPELINE, max_batch_tokens=20)
-    items = [b"x" * n for n in (4, 4, 4, 4, 1000, 4)]
-    # 4 tokens each by their bytes, and 16 for the one over the model's limit.
-    assert _cut(items, pipeline) == [[0, 1, 2, 3], [5, 4]]
-    assert _cut([b"x" * 1000] * 3, pipeline) == [[0], [1], [2]]
+from gateway.inference import GrpcInference
+from gateway.pipeline import read_pipeline
+from tests.support.fake_inference import MULTIMODAL, PIPELINE
 
 
 @pytest.mark.parametrize(
@@ -77,13 +64,13 @@ class CannedInference(GrpcInference):
         self.most = 0
         self.asked = []
 
-    async def _infer_part(self, pipeline, model, items, outputs, parameters):
+    async def _ask(self, pipeline, model, given, outputs, parameters):
         self.asked.append((model, tuple(outputs)))
         self.running += 1
         self.most = max(self.most, self.running)
         await asyncio.sleep(0)
         self.running -= 1
-        counts = np.array([[len(item)] for item in items], np.int32)
+        counts = np.array([[sum(map(len, row))] for row in given[TEXT]], np.int32)
         values = np.repeat(counts[:, 0], counts[:, 0]).astype(np.float32)
         packed = {SPARSE_INDICES: values[None], TOKEN_VECTORS: np.stack([values, values], 1)[None]}
         rows = {
@@ -125,3 +112,111 @@ async def test_an_answer_over_the_limit_is_refused_before_all_of_it_is_there():
     with pytest.raises(AnswerTooLarge, match="more than 1000 bytes of numbers; send fewer or shorter"):
         await inference.infer(PIPELINE, items, [TOKEN_VECTORS], {})
     assert len(inference.asked) < 8
+
+
+class CannedClient:
+    """A client of the server that keeps what it was asked, and answers with the item's number of bytes."""
+
+    def __init__(self, fault=None):
+        self.asked = []
+        self.fault = fault
+
+    async def infer(self, model, inputs, outputs, parameters, client_timeout):
+        given = {
+            tensor.name(): deserialize_bytes_tensor(tensor._get_content()).reshape(tensor.shape()).tolist()
+            for tensor in inputs
+        }
+        self.asked.append((model, given, parameters))
+        if self.fault is not None and model == self.fault[0]:
+            raise InferenceServerException(self.fault[1], "StatusCode.INVALID_ARGUMENT")
+        rows = next(iter(given.values()))
+        self.answer = {
+            N_TOKENS: [[sum(map(len, row))] for row in rows],
+            IMAGE_GRID: [[[1, 1, 1]]] * len(rows),
+        }
+        return self
+
+    def as_numpy(self, name):
+        return np.array(self.answer[name], np.int32)
+
+    async def close(self):
+        pass
+
+
+@pytest.fixture
+async def canned():
+    inference = GrpcInference("127.0.0.1:9", 1, 10**6)
+    await inference._client.close()
+    inference._client = CannedClient()
+    return inference
+
+
+MIXED = [b"text", Content(b"", (b"1",)), b"more", Content(b"both", (b"2", b"3"))]
+
+
+async def test_texts_pass_no_image_stage_and_images_do(canned):
+    answer = await canned.infer(MULTIMODAL, MIXED, [N_TOKENS], {"role": "query"})
+    assert answer[N_TOKENS][:, 0].tolist() == [4, 0, 4, 4]
+    assert canned._client.asked == [
+        ("gme", {"text": [[b"text"], [b"more"]]}, {"role": "query"}),
+        (
+            "gme.multimodal",
+            {"text": [[b""], [b"both"]], "image": [[b"1", b""], [b"2", b"3"]]},
+            {"role": "query"},
+        ),
+    ]
+
+
+async def test_a_refused_image_has_its_place_in_the_clients_list(canned):
+    canned._client.fault = (
+        "gme.multimodal",
+        "in ensemble 'gme.multimodal', invalid_image at item 1: no picture",
+    )
+    with pytest.raises(RefusedItem, match="no picture") as caught:
+        await canned.infer(MULTIMODAL, MIXED, [N_TOKENS], {})
+    assert (caught.value.item, caught.value.reason) == (3, ErrorCode.INVALID_IMAGE)
+    assert caught.value.explain("input") == "input[3]: no picture"
+    assert caught.value.blame("input") == "input"
+
+
+async def test_the_image_stage_alone(canned):
+    await canned.infer(MULTIMODAL, [Content(b"", (b"1",))], [IMAGE_GRID], {}, stage="image")
+    assert canned._client.asked == [("gme.image", {"image": [[b"1"]]}, None)]
+
+
+async def test_the_last_success_is_that_of_texts_and_of_images(canned):
+    text, image = [b"text"], [Content(b"", (b"1",))]
+    await canned.infer(MULTIMODAL, text, [N_TOKENS], {})
+    assert canned.last_success(MULTIMODAL) is None, "of its images nothing is known"
+    assert canned.last_success(dataclasses.replace(MULTIMODAL, takes_images=False)) is not None
+    await canned.infer(MULTIMODAL, image, [IMAGE_GRID], {}, stage="image")
+    await canned.infer(MULTIMODAL, text, [N_TOKENS], {})
+    first = canned.last_success(MULTIMODAL)
+    await canned.infer(MULTIMODAL, text, [N_TOKENS], {})
+    assert canned.last_success(MULTIMODAL) == first, "texts say nothing of the image stage"
+    await canned.infer(MULTIMODAL, image, [N_TOKENS], {})
+    assert canned.last_success(MULTIMODAL) > first, "such a request passes all stages"
+
+
+async def test_large_images_are_sent_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(inference_module, "_LARGE_REQUEST_BYTES", 1000)
+    inference = CannedInference()
+    await inference.infer(MULTIMODAL, [Content(b"", (b"x" * 10,))] * 40, [DENSE], {})
+    assert inference.most == 10
+    inference.most = 0
+    await inference.infer(MULTIMODAL, [Content(b"", (b"x" * 100,))] * 40, [DENSE], {})
+    assert inference.most == 4
+
+
+def test_what_the_server_says_of_a_model_of_images():
+    def config(**parameters):
+        given = {"tasks": "embed", "max_length": "16", "max_batch_tokens": "64"} | parameters
+        message = model_config_pb2.ModelConfig(name="a", max_batch_size=4)
+        for name, value in given.items():
+            message.parameters[name].string_value = value
+        return message
+
+    text = read_pipeline(config())
+    assert (text.takes_images, text.fuses, text.max_image_tokens) == (False, False, 0)
+    both = read_pipeline(config(modalities="text,image", fuses="true", max_image_tokens="1280"))
+    assert (both.takes_images, both.fuses, both.max_image_tokens) == (True, True, 1280)

@@ -127,7 +127,7 @@ async def test_extras_become_request_parameters(client, inference, fields, param
         ({"input": []}, "input is an empty list", "input"),
         ({"input": ""}, "input[0] is an empty string", "input"),
         ({"input": ["a", "", "b"]}, "input[1] is an empty string", "input"),
-        ({"input": ["a", 3]}, "input[1] is a number; after a string, every item must be a string", "input"),
+        ({"input": ["a", 3]}, "input[1] is a number; after a text or an image, every item must be", "input"),
         ({"input": [[1], "a"]}, "input[1] is a string; items are strings, or lists of token ids", "input"),
         ({"input": [[1], []]}, "input[1] is an empty list", "input"),
         (
@@ -151,7 +151,7 @@ async def test_extras_become_request_parameters(client, inference, fields, param
         ({"input": [-1]}, "-1 is no token id of any model", "input"),
         ({"input": [2**31]}, "check_embedding_ctx_length=False", "input"),
         ({"input": None}, "input is null", "input"),
-        ({"input": {"image": "a"}}, "input[0] is an object that holds image; texts stand in", "input"),
+        ({"input": {"thing": "a"}}, "input[0] is an object that holds thing; texts stand in", "input"),
         ({"input": ["a"] * 11}, "input has 11 items; at most 10", "input"),
         (
             {"input": "a", "dimensions": 0},

@@ -1,9 +1,13 @@
 import asyncio
 import dataclasses
+import io
 
+from PIL import Image
+
+from gateway.batches import Content
 from gateway.errors import Unavailable
 from tests.gateway.conftest import running
-from tests.support.fake_inference import PIPELINE, FakeInference
+from tests.support.fake_inference import MULTIMODAL, PIPELINE, FakeInference
 
 
 async def until(client, status, reason=""):
@@ -110,6 +114,33 @@ async def test_only_the_model_fails():
         body = await until(client, 503)
     assert body["reason"] is None
     assert body["models"] == {"org/tiny": {"ready": False, "reason": "its process died", "has_failed": True}}
+
+
+async def test_a_dead_image_stage_is_noticed_beside_texts_that_answer():
+    inference = FakeInference([MULTIMODAL, PIPELINE])
+    answer = inference.infer
+    is_dead = False
+
+    async def infer(pipeline, items, outputs, parameters, stage=None):
+        if is_dead and stage == "image":
+            raise Unavailable("its image stage died")
+        return await answer(pipeline, items, outputs, parameters, stage)
+
+    inference.infer = infer
+    async with running(inference, canary_interval_s=0.05) as client:
+        await until(client, 200)
+        images = [items[0] for items, _ in inference.calls if isinstance(items[0], Content)]
+        assert Image.open(io.BytesIO(images[0].images[0])).convert("RGB").size == (1, 1)
+        is_dead = True
+        body = await until(client, 503)
+        assert body["models"]["org/gme"] == {
+            "ready": False,
+            "reason": "its image stage died",
+            "has_failed": True,
+        }
+        assert body["models"]["org/tiny"]["ready"]
+        is_dead = False
+        await until(client, 200)
 
 
 async def test_a_server_without_models_is_not_ready():

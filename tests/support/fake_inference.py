@@ -1,4 +1,4 @@
-"""An inference server without a server: every text's embedding is made from its bytes."""
+"""An inference server without a server: every item's embedding is made from its bytes."""
 
 import asyncio
 import hashlib
@@ -12,6 +12,7 @@ import numpy as np
 from backends.contract import (
     DECODED,
     DENSE,
+    IMAGE_GRID,
     INPUT_IDS,
     IS_SPECIAL,
     LOGITS,
@@ -26,10 +27,12 @@ from backends.contract import (
     TOKEN_VECTORS,
     TRUNCATED,
     VECTOR_COUNT,
+    ErrorCode,
     Task,
 )
-from gateway.errors import GatewayError
-from gateway.inference import Pipeline
+from gateway.batches import Content, Item, size
+from gateway.errors import GatewayError, RefusedItem
+from gateway.pipeline import Pipeline
 
 PIPELINE = Pipeline(
     name="tiny",
@@ -80,8 +83,26 @@ CLASSIFIER = replace(
 )
 
 
+MULTIMODAL = replace(
+    PIPELINE,
+    name="gme",
+    served_model_name="org/gme",
+    takes_images=True,
+    fuses=True,
+    max_image_tokens=4,
+    takes_instructions=True,
+)
+"""A model that embeds a text and images as one."""
+TOWERS = replace(MULTIMODAL, name="clip", served_model_name="org/clip", fuses=False, takes_instructions=False)
+"""A model that embeds a text or an image."""
+
+
+BROKEN = b"broken"
+"""In an image file: it is refused."""
+
+
 class FakeInference:
-    """Answers at once; `fault` makes every call fail."""
+    """Answers at once; `fault` makes every call fail, and an image that says so is refused."""
 
     def __init__(self, pipelines: Sequence[Pipeline] = (PIPELINE,)) -> None:
         self.known = list(pipelines)
@@ -107,11 +128,20 @@ class FakeInference:
             return self._tokenizer(items, parameters)
         if LOGITS in outputs:
             return self._logits(pipeline, items, outputs)
+        self._look(pipeline, items)
+        if stage == "image":
+            return {IMAGE_GRID: np.ones((len(items), 1, 3), np.int32)}
         role = str(parameters.get("role", "")).encode()
         rows = {
             DENSE: np.stack([vector(item, parameters.get("dimensions", 8)) for item in items]),
-            N_TOKENS: np.array([[len(item)] for item in items], np.int32),
-            TRUNCATED: np.array([[len(item) > 16] for item in items]),
+            N_TOKENS: np.array([[size(item)] for item in items], np.int32),
+            TRUNCATED: np.array(
+                [[len(item.text if isinstance(item, Content) else item) > 16] for item in items]
+            ),
+        }
+        if set(outputs) <= set(rows):
+            return {name: rows[name] for name in outputs}
+        rows |= {
             # One index for each letter; its weight is how often it is there.
             SPARSE_INDICES: [np.array(sorted(set(item)), np.int32) for item in items],
             SPARSE_WEIGHTS: [
@@ -125,6 +155,14 @@ class FakeInference:
             TOKEN_IDS: [np.frombuffer(item, np.uint8).astype(np.int32) for item in items],
         }
         return {name: rows[name] for name in outputs}
+
+    def _look(self, pipeline, items):
+        """What the image stage does with files that it cannot read."""
+        for i, item in enumerate(items):
+            if isinstance(item, Content):
+                assert pipeline.takes_images, "an image was sent to a model of texts"
+                if any(BROKEN in image for image in item.images):
+                    raise RefusedItem("the image cannot be read", item=i, reason=ErrorCode.INVALID_IMAGE)
 
     def _logits(self, pipeline, items, outputs):
         """Of a pair the letters that both have; of a text its length, its length but one, and so on."""
@@ -160,6 +198,7 @@ class FakeInference:
         self.is_closed = True
 
 
-def vector(item: bytes, dimensions: int = 8) -> np.ndarray:
-    digest = np.frombuffer(hashlib.sha256(item).digest(), np.uint32)[:dimensions]
+def vector(item: Item, dimensions: int = 8) -> np.ndarray:
+    parts = (b"image", item.text, *item.images) if isinstance(item, Content) else (item,)
+    digest = np.frombuffer(hashlib.sha256(b"|".join(parts)).digest(), np.uint32)[:dimensions]
     return (digest / 2**32).astype(np.float32)
