@@ -1,7 +1,6 @@
 """The image processors against transformers' own, bit by bit."""
 
 import contextlib
-import io
 import json
 
 import numpy as np
@@ -18,7 +17,7 @@ from backends.image_processing import fetched_size, processor_config, value_tabl
 from backends.options import ServingOptions
 from backends.vision import PixelTable
 from tests.support import multimodal
-from tests.support.multimodal import encoded, picture
+from tests.support.multimodal import bomb, encoded, picture
 from tests.support.vocabularies import write_json
 
 SIZES = [(1, 1), (24, 24), (25, 31), (31, 25), (640, 480), (7, 300), (300, 7), (97, 1023)]
@@ -230,17 +229,10 @@ def test_of_an_animation_the_first_picture():
     np.testing.assert_array_equal(pixels(data), np.asarray(pictures[0]))
 
 
-def bomb():
-    """A PNG of 40 000 x 40 000 pixels in 200 KB."""
-    stream = io.BytesIO()
-    Image.new("1", (40000, 40000)).save(stream, "PNG")
-    return stream.getvalue()
-
-
 def test_what_cannot_be_used_is_refused():
     whole = encoded(picture(64, 64), "PNG")
     cases = [
-        (bomb(), "it has 40000 x 40000 pixels; at most 50000000 are taken, send it smaller"),
+        (bomb(40000), "it has 40000 x 40000 pixels; at most 50000000 are taken, send it smaller"),
         (whole[: len(whole) // 2], "it cannot be read: "),
         (encoded(picture(64, 64), "JPEG")[:-300], "it cannot be read: image file is truncated"),
         (b"GIF89a", "its 6 bytes are no image that is read here"),

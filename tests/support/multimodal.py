@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,13 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A PNG that says in a few bytes that it has so many pixels on each side."""
+    whole = encoded(Image.new("L", (1, 1)))
+    head = b"IHDR" + struct.pack(">II", side, side) + whole[24:29]
+    return whole[:12] + head + struct.pack(">I", zlib.crc32(head)) + whole[33:]
 
 
 GME_PROMPT = (
