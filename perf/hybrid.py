@@ -10,21 +10,15 @@ Rounds take turns, so that a noisy machine is noisy to all of them. Rows go to p
 
 import argparse
 import asyncio
-import csv
-import datetime
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import aiohttp
+from recording import append
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tests.support.checkpoints import bge_m3  # noqa: E402  # the checkout is no installed package
-from tests.support.sentences import paragraphs  # noqa: E402
+from tests.support.checkpoints import bge_m3
+from tests.support.sentences import paragraphs
 
 LOADS = {
     "dense": [["dense"]],
@@ -70,18 +64,12 @@ async def measure(url: str, rounds: int) -> None:
 
 
 def write(rates: dict[str, list[float]]) -> None:
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-    file = ROOT / "perf" / "results" / "hybrid.csv"
-    is_new = not file.exists()
-    with file.open("a", newline="") as stream:
-        rows = csv.writer(stream)
-        if is_new:
-            rows.writerow(["date", "commit", "load", "tokens/s", "min", "max", "rounds"])
-        for name, values in rates.items():
-            median = statistics.median(values)
-            print(f"{name:<30} {median:8.0f} tokens/s  [{min(values):.0f}-{max(values):.0f}]")
-            row = [round(median), round(min(values)), round(max(values)), len(values)]
-            rows.writerow([datetime.date.today().isoformat(), commit, name, *row])
+    rows = []
+    for name, values in rates.items():
+        median = statistics.median(values)
+        print(f"{name:<30} {median:8.0f} tokens/s  [{min(values):.0f}-{max(values):.0f}]")
+        rows.append([name, round(median), round(min(values)), round(max(values)), len(values)])
+    append("hybrid.csv", ["load", "tokens/s", "min", "max", "rounds"], rows)
 
 
 def main() -> None:

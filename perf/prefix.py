@@ -8,13 +8,9 @@ noisy machine is noisy to both. Rows go to perf/results/prefix.csv.
 """
 
 import argparse
-import csv
-import datetime
 import logging
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,19 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from recording import append
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from backends.checkpoint import Checkpoint  # noqa: E402  # the checkout is no installed package
-from backends.device import compute_dtype  # noqa: E402
-from backends.encode import encode  # noqa: E402
-from backends.families import family_of  # noqa: E402
-from backends.forward import Forward  # noqa: E402
-from backends.ragged import Ragged  # noqa: E402
-from backends.self_check import choose_forward  # noqa: E402
-from backends.shared_prefix import plan  # noqa: E402
-from tests.support.checkpoints import qwen3  # noqa: E402
+from backends.checkpoint import Checkpoint
+from backends.device import compute_dtype
+from backends.encode import encode
+from backends.families import family_of
+from backends.forward import Forward
+from backends.ragged import Ragged
+from backends.self_check import choose_forward
+from backends.shared_prefix import plan
+from tests.support.checkpoints import qwen3
 
 SIZES = {
     "hidden_size": 512,
@@ -83,7 +77,7 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     batch = batch_of(given.prefix, given.documents, given.tokens)
     shared = plan(batch.values.numpy(), batch.lengths, MAX_BATCH_TOKENS)
-    computed = {False: len(batch.values), True: sum(len(one.ids) for one in shared)}
+    computed = {False: len(batch.values), True: sum(len(one.row) for one in shared)}
     seconds: dict[bool, list[float]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:
         transformers.logging.set_verbosity_error()
@@ -101,21 +95,13 @@ def main() -> None:
 
 
 def write(case: str, computed: dict[bool, int], seconds: dict[bool, list[float]]) -> None:
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-    file = ROOT / "perf" / "results" / "prefix.csv"
-    is_new = not file.exists()
-    with file.open("a", newline="") as stream:
-        rows = csv.writer(stream)
-        if is_new:
-            rows.writerow(
-                ["date", "commit", "case", "shared", "tokens computed", "ms", "min", "max", "rounds"]
-            )
-        for shares, values in seconds.items():
-            low, middle, high = (round(1000 * f(values)) for f in (min, statistics.median, max))
-            name = "shared" if shares else "whole"
-            print(f"{case:<16} {name:<7} {computed[shares]:>6} tokens  {middle:>6} ms  [{low}-{high}]")
-            day = datetime.date.today().isoformat()
-            rows.writerow([day, commit, case, shares, computed[shares], middle, low, high, len(values)])
+    rows = []
+    for shares, values in seconds.items():
+        low, middle, high = (round(1000 * f(values)) for f in (min, statistics.median, max))
+        name = "shared" if shares else "whole"
+        print(f"{case:<16} {name:<7} {computed[shares]:>6} tokens  {middle:>6} ms  [{low}-{high}]")
+        rows.append([case, shares, computed[shares], middle, low, high, len(values)])
+    append("prefix.csv", ["case", "shared", "tokens computed", "ms", "min", "max", "rounds"], rows)
 
 
 if __name__ == "__main__":
