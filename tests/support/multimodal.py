@@ -21,8 +21,17 @@ IMAGE_SIZE, PATCH = 24, 8
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def clip(path: Path, **settings: Any) -> Path:
-    """openai/clip-vit-large-patch14-336, whose preprocessor_config.json has whole numbers for sizes."""
+def clip(
+    path: Path,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    projection_dim: int = 20,
+    **settings: Any,
+) -> Path:
+    """openai/clip-vit-large-patch14-336, whose preprocessor_config.json has whole numbers for sizes.
+
+    `settings` are of both models, `text` and `vision` of one.
+    """
     path.mkdir(parents=True, exist_ok=True)
     size = write_clip(path)
     shape = {"num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -36,15 +45,24 @@ def clip(path: Path, **settings: Any) -> Path:
             "pad_token_id": 1,
             **shape,
             **given,
+            **(text or {}),
         },
-        vision_config={"hidden_size": 48, "image_size": IMAGE_SIZE, "patch_size": PATCH, **shape, **given},
-        projection_dim=20,
+        vision_config={
+            "hidden_size": 48,
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH,
+            **shape,
+            **given,
+            **(vision or {}),
+        },
+        projection_dim=projection_dim,
     )
+    side = config.vision_config.image_size
     randomize(transformers.CLIPModel(config)).save_pretrained(path)
     write_json(
         path / "preprocessor_config.json",
         {
-            "crop_size": IMAGE_SIZE,
+            "crop_size": side,
             "do_center_crop": True,
             "do_normalize": True,
             "do_resize": True,
@@ -52,7 +70,7 @@ def clip(path: Path, **settings: Any) -> Path:
             "image_mean": _CLIP_MEAN,
             "image_std": _CLIP_STD,
             "resample": 3,
-            "size": IMAGE_SIZE,
+            "size": side,
         },
     )
     return path
