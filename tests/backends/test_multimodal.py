@@ -1,4 +1,4 @@
-"""Models of texts and images against transformers, in float32: alone, fused, mixed, in every cut of a batch."""
+"""Models of texts and images against transformers, in float32: alone, fused, mixed, in every cut."""
 
 import numpy as np
 import pytest

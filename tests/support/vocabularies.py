@@ -259,7 +259,7 @@ _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}
 
 
 def write_clip(path: Path, max_length: int = 77) -> int:
-    """CLIP's byte-level BPE, whose words end with </w>. Gives its size; the last two are the special tokens."""
+    """CLIP's byte-level BPE, whose words end with </w>. Gives its size; the last two tokens are special."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
     merges = []
