@@ -197,6 +197,8 @@ class PipelineParameter(StrEnum):
     """text, or text,image where the second ensemble (multimodal_name) is there."""
     FUSES = "fuses"
     """"true" where one item may hold a text and images, or several images."""
+    CHAT_TEMPLATE = "chat_template"
+    """The name of the prompt around the items of a model of texts and images."""
     MAX_IMAGE_TOKENS = "max_image_tokens"
     """Tokens that one image takes at most."""
     DTYPE = "dtype"

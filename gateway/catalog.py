@@ -74,7 +74,9 @@ class Catalog:
                 ),
                 default=None,
             )
-        return next((p for p in self._pipelines if model in (p.served_model_name, p.name)), None)
+        own = (p for p in self._pipelines if model in (p.served_model_name, p.name))
+        other = (p for p in self._pipelines if model in p.other_names)
+        return next(own, None) or next(other, None)
 
     def _others(self, tasks: Sequence[Task]) -> str:
         """Who serves what a model does not."""

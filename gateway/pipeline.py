@@ -8,6 +8,9 @@ from typing import Any
 
 from backends.contract import PipelineParameter, Task
 
+# How the reference of a checkpoint of the hub begins, before its id and its commit.
+_HUB = "hub:"
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -54,6 +57,18 @@ class Pipeline:
     """Whether one item may hold a text and images, or several images."""
     max_image_tokens: int = 0
     """Tokens that one image takes at most."""
+    chat_template: str = ""
+    """The name of the prompt that its items stand in."""
+
+    @property
+    def other_names(self) -> frozenset[str]:
+        """What clients may call it besides its own names: the hub's id or the folder that it comes from, and
+        its prompt. The examples of SGLang's documentation do the first and the last.
+        """
+        origin = self.checkpoint
+        if origin.startswith(_HUB):
+            origin = origin.removeprefix(_HUB).split("@")[0]
+        return frozenset({origin, self.chat_template}) - {""}
 
 
 def read_pipeline(config: Any) -> Pipeline:
@@ -86,4 +101,5 @@ def read_pipeline(config: Any) -> Pipeline:
         takes_images="image" in parameters.get(PipelineParameter.MODALITIES, "text").split(","),
         fuses=parameters.get(PipelineParameter.FUSES) == "true",
         max_image_tokens=int(parameters.get(PipelineParameter.MAX_IMAGE_TOKENS, 0)),
+        chat_template=parameters.get(PipelineParameter.CHAT_TEMPLATE, ""),
     )

@@ -267,6 +267,9 @@ def _describe(
         )
         if not family.vision.tokens(checkpoint.config).is_item:
             described[PipelineParameter.FUSES] = "true"
+        chat = options.chat_template or family.vision.chat_prompt
+        if chat is not None:
+            described[PipelineParameter.CHAT_TEMPLATE] = chat
     if any(checkpoint.role_prompts.values()):
         described[PipelineParameter.ROLE_PROMPTS] = "true"
     if _takes_instructions(checkpoint, family, heads):

@@ -212,7 +212,7 @@ def test_an_instruction_of_a_request(serving, gme):
 def seed(tmp_path_factory):
     """SGLang's own launch command, on loopback."""
     place = tmp_path_factory.mktemp("seed")
-    path = multimodal.gme(place / "gme-qwen2-vl")
+    path = multimodal.gme(place / "gme-Qwen2-VL-2B-Instruct")
     command = (COMMAND, "serve", "--model-path", path, "--is-embedding", "--host", "127.0.0.1")
     with serve(
         place / "output",
@@ -470,7 +470,7 @@ def test_refusals_are_told(serving, body, message):
 def test_a_dead_image_process_is_noticed(seed):
     serving, _ = seed
     assert serving.get("/ready")[0] == 200
-    (image,) = [pid for pid, command in serving.descendants().items() if "gme-qwen2-vl.image" in command]
+    (image,) = [pid for pid, command in serving.descendants().items() if ".image" in command]
     os.kill(image, signal.SIGKILL)
     wait_until(lambda: serving.get("/ready")[0] == 503, "a red /ready", 60)
     assert len(post(serving, {"input": TEXT})["data"]) == 1, "texts are still answered"
