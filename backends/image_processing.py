@@ -5,14 +5,16 @@ what rescaling and normalising makes of each. That is the same arithmetic on the
 result is that of transformers' processors bit by bit, at an eighth of the traffic.
 
 *Source:* transformers 5.23, CLIPImageProcessorPil and Qwen2VLImageProcessorPil; gme_inference.py of
-Alibaba-NLP/gme-Qwen2-VL-2B-Instruct (its fetch_image is qwen-vl-utils') for what GME does before.
+Alibaba-NLP/gme-Qwen2-VL-2B-Instruct and scripts/qwen3_vl_embedding.py of Qwen/Qwen3-VL-Embedding-2B for what
+these do besides.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,8 +38,11 @@ _BICUBIC = 3
 # A picture of extreme proportions would grow to gigabytes before it is cut.
 _MOST_RESIZED_PIXELS = 2**24
 _MOST_ASPECT_RATIO = 200
-# What qwen-vl-utils keeps a picture within, which GME calls before the processor: pixels, at a factor of 28.
-_FETCHED_PIXELS = (4 * 28 * 28, 16384 * 28 * 28)
+PROCESSOR, GME, QWEN3 = "processor", "gme", "qwen3"
+"""Whose steps a picture of Qwen's models goes through: those of transformers' processor, of GME's own code
+(qwen-vl-utils' resize within wide bounds, then the processor), or of Qwen3-VL-Embedding's (qwen-vl-utils'
+only).
+"""
 GME_IMAGE_TOKENS = (256, 1280)
 """What GME's own code takes for one picture, whatever the checkpoint's processor says."""
 
@@ -134,57 +139,57 @@ class PixelBounds:
     most: int
 
 
+_GME_FETCHED = PixelBounds(4 * 28 * 28, 16384 * 28 * 28)
+Sizing = Callable[[int, int], tuple[int, int]]
+"""(width, height) of a picture -> those that it is resized to."""
+
+
 class QwenProcessor:
-    """Any proportions: both sides to a multiple of a patch group, within bounds of pixels."""
+    """Any proportions: both sides to multiples of a patch group, within bounds of pixels."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        *,
-        fetches: bool = False,
+        way: str = PROCESSOR,
         least: int | None = None,
         most: int | None = None,
     ) -> None:
-        """`least` and `most` are tokens of one picture, where not the checkpoint's own file counts; `fetches`
-        resizes it once before, as qwen-vl-utils does.
+        """`least` and `most` are tokens of one picture, where not the checkpoint's own file counts; `way`
+        says whose steps are taken.
         """
         config = processor_config(checkpoint)
         size = config.get("size") or {}
         self.patch_size = int(config.get("patch_size", 14))
         self.merge_size = int(config.get("merge_size", 2))
         self.resample = int(config.get("resample", _BICUBIC))
-        self.fetches = fetches
-        self.unit = self.patch_size * self.merge_size
+        unit = self.patch_size * self.merge_size
         own_least = config.get("min_pixels") or size.get("shortest_edge") or 56 * 56
         own_most = config.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
-        self.bounds = PixelBounds(
-            int(own_least) if least is None else least * self.unit**2,
-            int(own_most) if most is None else most * self.unit**2,
+        bounds = PixelBounds(
+            int(own_least) if least is None else least * unit**2,
+            int(own_most) if most is None else most * unit**2,
         )
-        if self.bounds.least > self.bounds.most:
+        if bounds.least > bounds.most:
             raise CheckpointError(
-                f"an image would have at least {self.bounds.least} and at most {self.bounds.most} pixels; "
-                "give "
+                f"an image would have at least {bounds.least} and at most {bounds.most} pixels; give "
                 "--min-image-tokens and --max-image-tokens that fit together"
             )
         if not config.get("do_resize", True):
             raise CheckpointError(
                 f"{checkpoint.transformer_path}/preprocessor_config.json does not resize, which is not served"
             )
-        self.max_image_tokens = max(1, self.bounds.most // self.unit**2)
+        self.max_image_tokens = max(1, bounds.most // unit**2)
+        self.sizings: dict[str, tuple[Sizing, ...]] = {
+            PROCESSOR: (partial(fitted_size, unit=unit, bounds=bounds),),
+            GME: (gme_fetched_size, partial(fitted_size, unit=unit, bounds=bounds)),
+            QWEN3: (partial(fetched_size, unit=unit, bounds=bounds),),
+        }
+        self.way = way
 
     def __call__(self, picture: Image.Image) -> tuple[Patches, Grid]:
-        if self.fetches:
-            picture = picture.resize(fetched_size(*picture.size))
-        ratio = max(picture.size) / min(picture.size)
-        if ratio > _MOST_ASPECT_RATIO:
-            raise RequestError(
-                ErrorCode.INVALID_IMAGE,
-                f"the image has {picture.width} x {picture.height} pixels; one side may be "
-                f"{_MOST_ASPECT_RATIO} times as long as the other at most",
-            )
-        width, height = fitted_size(*picture.size, self.unit, self.bounds)
-        return self._patches(np.asarray(picture.resize((width, height), self.resample)))
+        for sizing in self.sizings[self.way]:
+            picture = picture.resize(sizing(*picture.size), self.resample)
+        return self._patches(np.asarray(picture))
 
     def _patches(self, pixels: npt.NDArray[np.uint8]) -> tuple[Patches, Grid]:
         size, merge = self.patch_size, self.merge_size
@@ -196,8 +201,26 @@ class QwenProcessor:
 
 
 def fitted_size(width: int, height: int, unit: int, bounds: PixelBounds) -> tuple[int, int]:
-    """(width, height) in multiples of `unit`. *Source:* transformers' smart_resize."""
-    sides = [round(side / unit) * unit for side in (width, height)]
+    """(width, height) in multiples of `unit`. Raises RequestError. *Source:* transformers' smart_resize."""
+    _check_ratio(width, height)
+    return _within(width, height, unit, bounds, 0)
+
+
+def fetched_size(width: int, height: int, unit: int, bounds: PixelBounds) -> tuple[int, int]:
+    """The same, but for sides of less than half a unit. *Source:* smart_resize of qwen-vl-utils."""
+    _check_ratio(width, height)
+    return _within(width, height, unit, bounds, unit)
+
+
+def gme_fetched_size(width: int, height: int) -> tuple[int, int]:
+    """GME's first resize, which makes every picture one that the second takes. *Source:* gme_inference.py."""
+    sides = _within(width, height, 28, _GME_FETCHED, 28)
+    short = min(sides)
+    return min(sides[0], short * _MOST_ASPECT_RATIO), min(sides[1], short * _MOST_ASPECT_RATIO)
+
+
+def _within(width: int, height: int, unit: int, bounds: PixelBounds, shortest: int) -> tuple[int, int]:
+    sides = [max(shortest, round(side / unit) * unit) for side in (width, height)]
     if sides[0] * sides[1] > bounds.most:
         beta = math.sqrt((width * height) / bounds.most)
         sides = [max(unit, math.floor(side / beta / unit) * unit) for side in (width, height)]
@@ -207,18 +230,13 @@ def fitted_size(width: int, height: int, unit: int, bounds: PixelBounds) -> tupl
     return sides[0], sides[1]
 
 
-def fetched_size(width: int, height: int) -> tuple[int, int]:
-    """(width, height) of GME's first resize. *Source:* gme_inference.py, smart_resize."""
-    unit, (least, most) = 28, _FETCHED_PIXELS
-    sides = [max(unit, round(side / unit) * unit) for side in (width, height)]
-    if sides[0] * sides[1] > most:
-        beta = math.sqrt((width * height) / most)
-        sides = [max(unit, math.floor(side / beta / unit) * unit) for side in (width, height)]
-    elif sides[0] * sides[1] < least:
-        beta = math.sqrt(least / (width * height))
-        sides = [math.ceil(side * beta / unit) * unit for side in (width, height)]
-    short = min(sides)
-    return min(sides[0], short * _MOST_ASPECT_RATIO), min(sides[1], short * _MOST_ASPECT_RATIO)
+def _check_ratio(width: int, height: int) -> None:
+    if max(width, height) / min(width, height) > _MOST_ASPECT_RATIO:
+        raise RequestError(
+            ErrorCode.INVALID_IMAGE,
+            f"the image has {width} x {height} pixels; one side may be "
+            f"{_MOST_ASPECT_RATIO} times as long as the other at most",
+        )
 
 
 def _size(declared: Any) -> int | tuple[int, int]:

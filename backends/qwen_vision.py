@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from backends.chat_prompt import GME
+from backends import chat_prompt
 from backends.families.base import ImageTokens
 from backends.image_processing import (
+    GME,
     GME_IMAGE_TOKENS,
+    PROCESSOR,
+    QWEN3,
     ImageProcessor,
     QwenProcessor,
     processor_config,
@@ -53,20 +56,20 @@ def image_tokens(config: Mapping[str, Any]) -> ImageTokens:
 
 def gme_processor(checkpoint: Checkpoint, options: ServingOptions) -> ImageProcessor:
     """GME's bounds and its first resize for GME, else what the checkpoint's own file says."""
-    taken_for_gme = is_gme(checkpoint) or options.chat_template == GME
+    taken_for_gme = is_gme(checkpoint) or options.chat_template == chat_prompt.GME
     least, most = options.min_image_tokens, options.max_image_tokens
     if taken_for_gme:
         own = checkpoint.config
         least = least or int(own.get("min_image_tokens") or GME_IMAGE_TOKENS[0])
         most = most or int(own.get("max_image_tokens") or GME_IMAGE_TOKENS[1])
-    return QwenProcessor(checkpoint, fetches=taken_for_gme, least=least, most=most)
+    return QwenProcessor(checkpoint, GME if taken_for_gme else PROCESSOR, least, most)
 
 
 def qwen3_processor(checkpoint: Checkpoint, options: ServingOptions) -> ImageProcessor:
-    """The bounds of Qwen3-VL-Embedding's own code."""
+    """The steps and the bounds of Qwen3-VL-Embedding's own code."""
     least = options.min_image_tokens or _QWEN3_IMAGE_TOKENS[0]
     most = options.max_image_tokens or _QWEN3_IMAGE_TOKENS[1]
-    return QwenProcessor(checkpoint, least=least, most=most)
+    return QwenProcessor(checkpoint, QWEN3, least, most)
 
 
 def wrap(model: Any, checkpoint: Checkpoint) -> torch.nn.Module:

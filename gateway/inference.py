@@ -127,6 +127,8 @@ class GrpcInference:
         asked = list(dict.fromkeys([*outputs, *(COUNT_OF[name] for name in outputs if name in COUNT_OF)]))
         # Answers with a vector for each token are a thousand times larger than their texts: a few at a time.
         is_large = bool(_LARGE & set(outputs)) or sum(map(size, items)) > _LARGE_REQUEST_BYTES
+        # The patches of an image take megabytes, however few bytes its file has.
+        is_large = is_large or any(part.has_images for part in parts)
         gate = asyncio.Semaphore(_LARGE_PARTS if is_large else len(parts))
         answered = 0
 

@@ -13,7 +13,13 @@ from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError, RequestError
 from backends.families import family_of
 from backends.image_file import read_image
-from backends.image_processing import fetched_size, processor_config, value_table
+from backends.image_processing import (
+    PixelBounds,
+    fetched_size,
+    gme_fetched_size,
+    processor_config,
+    value_table,
+)
 from backends.options import ServingOptions
 from backends.vision import PixelTable
 from tests.support import multimodal
@@ -128,7 +134,29 @@ def test_gme_resizes_twice(tmp_path):
     ],
 )
 def test_gme_s_first_resize(size, expected):
-    assert fetched_size(*size) == expected
+    assert gme_fetched_size(*size) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        # As qwen-vl-utils has them: thin sides are a unit at least, even where the bounds do not ask for it.
+        ((300, 10), (288, 32)),
+        ((9, 9), (64, 64)),
+        ((640, 480), (640, 480)),
+        ((10000, 5000), (1920, 960)),
+    ],
+)
+def test_qwen3_s_resize(tmp_path, size, expected):
+    assert fetched_size(*size, 32, PixelBounds(4 * 1024, 1800 * 1024)) == expected
+    processor, checkpoint = processor_of(multimodal.qwen3_vl(tmp_path / "c"))
+    image = picture(*size)
+    patches, grid = processor(image)
+    assert grid == (1, expected[1] // 16, expected[0] // 16)
+    config = json.loads((tmp_path / "c" / "preprocessor_config.json").read_text())
+    wanted = Qwen2VLImageProcessorPil(**config, do_resize=False)(image.resize(expected))["pixel_values"]
+    values = values_of(checkpoint, patches)
+    np.testing.assert_array_equal(values, wanted.reshape(len(values), 3, 2, -1)[:, :, 0])
 
 
 @pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (1, 1), (30000, 2)])

@@ -131,9 +131,9 @@ def embed(serving, model, items, **fields):
 
 def fetched(image):
     """What GME's own code makes of an image before its processor."""
-    from backends.image_processing import fetched_size
+    from backends.image_processing import gme_fetched_size
 
-    return image.resize(fetched_size(*image.size))
+    return image.resize(gme_fetched_size(*image.size))
 
 
 def gme_items(items):
