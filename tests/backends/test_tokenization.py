@@ -319,7 +319,7 @@ def test_caps_of_queries_and_documents(minilm):
 
 def test_a_text_in_many_pairs_is_tokenised_once(minilm, monkeypatch):
     seen = []
-    encode_texts = minilm._encode_texts
+    encode_texts = minilm.encode_texts
     monkeypatch.setattr(minilm, "encode_texts", lambda texts, s: seen.extend(texts) or encode_texts(texts, s))
     rows = encode_pairs(minilm, *[("the query", f"document {i % 3}") for i in range(9)])
     assert sorted(seen) == ["document 0", "document 1", "document 2", "the query"]
