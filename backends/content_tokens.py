@@ -106,8 +106,7 @@ class ContentTokenizer:
             raise RequestError(
                 ErrorCode.CONTEXT_LENGTH_EXCEEDED,
                 f"the item's images take {len(seen)} tokens, {len(head) + behind} with the prompt, and this "
-                "model "
-                f"takes {min(limit, settings.max_tokens or limit)}; send fewer or smaller images",
+                f"model takes {min(limit, settings.max_tokens or limit)}; send fewer or smaller images",
                 index,
             )
         return self.tokenizer.wrap(
@@ -122,8 +121,7 @@ class ContentTokenizer:
                 raise RequestError(
                     ErrorCode.INVALID_INPUT,
                     f"the text holds {text}, which stands for an image or a film in this model; leave it "
-                    "out, and "
-                    "send the image itself",
+                    "out, and send the image itself",
                     index,
                 )
 

@@ -234,8 +234,8 @@ def _check_ratio(width: int, height: int) -> None:
     if max(width, height) / min(width, height) > _MOST_ASPECT_RATIO:
         raise RequestError(
             ErrorCode.INVALID_IMAGE,
-            f"the image has {width} x {height} pixels; one side may be "
-            f"{_MOST_ASPECT_RATIO} times as long as the other at most",
+            f"the image has {width} x {height} pixels; one side may be {_MOST_ASPECT_RATIO} times as long "
+            "as the other at most",
         )
 
 

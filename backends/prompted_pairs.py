@@ -138,9 +138,8 @@ class PromptedPairs:
         if is_over and settings.truncation == "error":
             raise RequestError(
                 ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the pair has {'more than ' if is_unread else ''}{count} tokens with the prompt "
-                "around it, and "
-                f"this model takes {frame.limit} tokens; shorten it or let it be truncated",
+                f"the pair has {'more than ' if is_unread else ''}{count} tokens with the prompt around it, "
+                f"and this model takes {frame.limit} tokens; shorten it or let it be truncated",
                 index,
             )
         if is_over:

@@ -119,9 +119,8 @@ def rerank_prompt_of(checkpoint: Checkpoint) -> RerankPrompt | None:
     prompt = template or own
     if prompt is None:
         raise CheckpointError(
-            f"{checkpoint.path} is a language model ({checkpoint.architecture}) without a chat "
-            "template for a "
-            f"query and a document: how it is to be asked is not known; give --rerank-prompt, one of "
+            f"{checkpoint.path} is a language model ({checkpoint.architecture}) without a chat template for "
+            "a query and a document: how it is to be asked is not known; give --rerank-prompt, one of "
             f"{', '.join(PROMPTS)}"
         )
     return _with_words(checkpoint, prompt)

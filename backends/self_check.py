@@ -142,8 +142,7 @@ def check_seeing(model: Sees, checkpoint: Checkpoint, *, is_item: bool) -> None:
     if not error <= _TOLERANCE[together.dtype]:
         raise CheckpointError(
             f"{checkpoint.path} sees an image differently beside others (relative error {error:.2g}): it "
-            "cannot "
-            "be served right"
+            "cannot be served right"
         )
 
 

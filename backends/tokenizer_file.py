@@ -151,9 +151,8 @@ def special_tokens(
         last = tokenizer.token_to_id(last_token)
         if last is None:
             raise CheckpointError(
-                f"{checkpoint.transformer_path}: {last_token} belongs behind every text of this "
-                "model, but its "
-                "tokenizer does not have it"
+                f"{checkpoint.transformer_path}: {last_token} belongs behind every text of this model, but "
+                "its tokenizer does not have it"
             )
     if config.get("add_bos_token") and first is not None and prefix[:1] != [first]:
         prefix = [first, *prefix]

@@ -179,7 +179,7 @@ def _prompt(
         known = ", ".join(repr(p) for p in prompts) or "none"
         raise RequestError(
             ErrorCode.UNKNOWN_PROMPT,
-            f"prompt_name is {name!r}, which this model does not have; its prompts: {known}. "
-            "A prompt of your own goes into the parameter prompt",
+            f"prompt_name is {name!r}, which this model does not have; its prompts: {known}. A prompt of "
+            "your own goes into the parameter prompt",
         )
     return prompts[name]

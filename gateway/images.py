@@ -69,8 +69,8 @@ class ImageLoader:
             if self._fetcher is None:
                 raise BadRequest(
                     f"this server does not fetch URLs ({_shorten(reference.partition('?')[0])}); send the "
-                    "image as a data URL (data:image/png;base64,...). "
-                    "Its operator can allow it with --allow-image-urls"
+                    "image as a data URL (data:image/png;base64,...). Its operator can allow it with "
+                    "--allow-image-urls"
                 )
             return await self._fetcher.fetch(reference)
         if not _is_image_in_base64(reference):

@@ -114,9 +114,8 @@ def _check_prompt(
     """Raises OptionError for a prompt that nothing is put into, and for a limit that it fills."""
     if options.rerank_prompt is not None and not takes_pairs(heads):
         raise OptionError(
-            f"--rerank-prompt is for rerankers, and {checkpoint.path} is served as "
-            f"{', '.join(heads)}; leave it "
-            "out, or give --task score"
+            f"--rerank-prompt is for rerankers, and {checkpoint.path} is served as {', '.join(heads)}; leave "
+            "it out, or give --task score"
         )
     prompt = rerank_prompt_of(checkpoint) if takes_pairs(heads) else None
     if prompt is not None and options.max_length is not None:
@@ -136,8 +135,7 @@ def _check_images(checkpoint: Checkpoint, options: ServingOptions, family: Famil
         if value is not None and not has_chat:
             raise OptionError(
                 f"{name} {value} is for models whose texts and images stand in one prompt (Qwen2-VL and its "
-                "like), "
-                f"and {checkpoint.path} is a {family.name} model; leave it out"
+                f"like), and {checkpoint.path} is a {family.name} model; leave it out"
             )
 
 

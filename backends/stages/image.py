@@ -17,7 +17,7 @@ from backends.contract import IMAGE, IMAGE_GRID, PATCHES
 from backends.errors import CheckpointError, RequestError
 from backends.families import family_of
 from backends.grouping import neighbours
-from backends.image_file import read_image
+from backends.image_file import MAX_PIXELS, PixelBudget, read_image
 from backends.image_processing import Grid, Patches
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 
@@ -35,6 +35,7 @@ class ImageStage(Stage):
             raise CheckpointError(f"{context.checkpoint.path} is a model of texts only")
         self.processor = vision.processor(context.checkpoint, context.options)
         self.width = 3 * self.processor.patch_size**2
+        self.budget = PixelBudget(MAX_PIXELS)
         # Pillow's decoders and filters let other threads run.
         self.pool = ThreadPoolExecutor(context.options.threads or len(os.sched_getaffinity(0)))
 
@@ -59,7 +60,8 @@ class ImageStage(Stage):
         if not data:
             return None
         try:
-            return self.processor(read_image(data))
+            with read_image(data, budget=self.budget) as picture:
+                return self.processor(picture)
         except RequestError as error:
             which = f"image {place + 1} of this item: " if most > 1 else ""
             return RequestError(error.failure.code, f"{which}{error.failure.message}", item)

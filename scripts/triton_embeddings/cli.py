@@ -64,8 +64,7 @@ Task = Annotated[
     str | None,
     typer.Option(
         help="What the checkpoint is for, whatever it says itself: embed, sparse, colbert, bge_m3, tokens, "
-        "score or classify; "
-        "RTP-LLM's words (DENSE_EMBEDDING ...) are understood."
+        "score or classify; RTP-LLM's words (DENSE_EMBEDDING ...) are understood."
     ),
 ]
 ModelType = Annotated[str | None, typer.Option(help="The architecture, where config.json does not name it.")]

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError, RequestError
 from backends.families import family_of
-from backends.image_file import read_image
+from backends.image_file import PixelBudget, read_image
 from backends.image_processing import (
     PixelBounds,
     fetched_size,
@@ -200,7 +203,8 @@ def test_the_processor_s_configuration_inside_processor_config(qwen, tmp_path):
 
 
 def pixels(image):
-    return np.asarray(read_image(image))
+    with read_image(image) as picture:
+        return np.asarray(picture)
 
 
 def test_files_of_many_kinds():
@@ -238,6 +242,44 @@ def test_sixteen_bits_keep_their_brightness():
         assert got[..., 0].tolist() == [[0, 0x12, 0x80, 0xFF]], kind
 
 
+def test_thirty_two_bits_that_hold_eight():
+    values = np.array([[0, 7, 255]], np.int32)
+    assert pixels(encoded(Image.fromarray(values), "TIFF"))[..., 0].tolist() == [[0, 7, 255]]
+    assert pixels(encoded(Image.fromarray(values * 257), "TIFF"))[..., 0].tolist() == [[0, 7, 255]]
+
+
+def test_transparency_of_large_pictures_is_that_of_transformers():
+    """Which does it in one piece."""
+    from transformers.image_transforms import convert_to_rgb
+
+    clear = picture(3000, 1200).convert("RGBA")
+    clear.putalpha(picture(3000, 1200, 7).convert("L"))
+    np.testing.assert_array_equal(pixels(encoded(clear)), convert_to_rgb(clear, return_numpy=True))
+
+
+def test_threads_wait_for_each_other_s_pixels():
+    budget, most, running = PixelBudget(100), 0, 0
+    lock = threading.Lock()
+
+    def work(pixels):
+        nonlocal most, running
+        with budget.take(pixels):
+            with lock:
+                running += pixels
+                most = max(most, running)
+            time.sleep(0.002)
+            with lock:
+                running -= pixels
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [40, 30, 20, 50] * 10))
+    assert 50 < most <= 100
+    most = 0
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [40, 500] * 5))
+    assert most == 500, "a larger picture is alone"
+
+
 def test_cmyk_and_exif():
     image = picture(16, 8)
     cmyk = encoded(image.convert("CMYK"), "JPEG", quality=100, subsampling=0)
@@ -270,7 +312,7 @@ def test_what_cannot_be_used_is_refused():
     ]
     for data, message in cases:
         with pytest.raises(RequestError, match="the image cannot be used") as caught:
-            read_image(data)
+            pixels(data)
         assert message in str(caught.value)
 
 
@@ -285,5 +327,5 @@ def test_harmed_files_are_read_or_refused(kind):
         for place in generator.integers(0, len(data), 4):
             data[place] = generator.integers(0, 256)
         with contextlib.suppress(RequestError):
-            outcomes.add(read_image(bytes(data)).mode)
-    assert outcomes <= {"RGB"}
+            outcomes.add(pixels(bytes(data)).shape[2])
+    assert outcomes <= {3}
