@@ -34,10 +34,10 @@ _TOKENIZERS = (
 )
 # What a chain of modules may begin with: the names of one module in several versions.
 _TRANSFORMERS = ("Transformer", "MLMTransformer")
-# Models of texts and images, by config.json's model_type.
-_MULTIMODAL = ("clip", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Packages whose classes are known here by name; a class of any other module is the checkpoint's own code.
 _KNOWN_PACKAGES = ("sentence_transformers", "pylate")
+MULTIMODAL = ("clip", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Models of texts and images, by config.json's model_type."""
 # What checkpoints call their prompts for queries and for documents.
 _ROLE_PROMPTS = {
     "query": ("query", "web_search_query", "search_query", "retrieval.query", "s2p_query"),
@@ -110,7 +110,7 @@ class Checkpoint:
     @property
     def is_multimodal(self) -> bool:
         """Whether it is a model of texts and images."""
-        return self.model_type in _MULTIMODAL
+        return self.model_type in MULTIMODAL
 
     @property
     def hidden_size(self) -> int:
@@ -262,7 +262,7 @@ def _check_transformer(path: Path, declared: list[tuple[str, str, str]], config:
     """
     for kind, _, dotted in declared[:1]:
         is_known = dotted.split(".")[0] in _KNOWN_PACKAGES and kind in _TRANSFORMERS
-        is_own = config.get("model_type") in _MULTIMODAL and kind.endswith(("Transformer", "CLIPModel"))
+        is_own = config.get("model_type") in MULTIMODAL and kind.endswith(("Transformer", "CLIPModel"))
         if not is_known and not is_own:
             raise CheckpointError(
                 f"{path / 'modules.json'} begins with {dotted}; only chains that begin with a Transformer of "
@@ -291,7 +291,7 @@ def _modules(
             # CLIP pools itself, and so does sentence-transformers' module for it.
             chain = (Module("Pooling", path, {"pooling_mode": "lasttoken"}), *chain)
         return chain, ()
-    if config.get("model_type") in _MULTIMODAL:
+    if config.get("model_type") in MULTIMODAL:
         last = Module("Pooling", path / "1_Pooling", {"pooling_mode": "lasttoken"})
         return (last, Module("Normalize", path / "2_Normalize")), ()
     pooling = path / "1_Pooling"

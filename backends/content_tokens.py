@@ -101,12 +101,14 @@ class ContentTokenizer:
         self._check_spelled(index, np.array(opening, np.int32))
         head = [*opening, *seen]
         limit = self.tokenizer.limit(settings.role)
-        behind = len(self.tokenizer.prefix) + len(self.tokenizer.suffix)
-        if len(head) + behind > min(limit, settings.max_tokens or limit):
+        count = len(head) + len(self.tokenizer.prefix) + len(self.tokenizer.suffix)
+        if count > min(limit, settings.max_tokens or limit):
+            capped = settings.max_tokens is not None and settings.max_tokens < limit
             raise RequestError(
-                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the item's images take {len(seen)} tokens, {len(head) + behind} with the prompt, and this "
-                f"model takes {min(limit, settings.max_tokens or limit)}; send fewer or smaller images",
+                ErrorCode.IMAGES_TOO_LONG,
+                f"the item's images take {len(seen)} tokens, {count} with the prompt, and "
+                + (f"max_tokens is {settings.max_tokens}" if capped else f"this model takes {limit}")
+                + "; send fewer or smaller images",
                 index,
             )
         return self.tokenizer.wrap(

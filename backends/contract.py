@@ -91,7 +91,7 @@ class Task(StrEnum):
     """What a client wants of a model."""
 
     EMBED = "embed"
-    """One vector for each text."""
+    """One vector for each item."""
     SPARSE = "sparse"
     """Weights of some tokens of the vocabulary."""
     COLBERT = "colbert"
@@ -222,6 +222,8 @@ class ErrorCode(StrEnum):
     INVALID_DIMENSIONS = "invalid_dimensions"
     INVALID_TOP_K = "invalid_top_k"
     INVALID_IMAGE = "invalid_image"
+    IMAGES_TOO_LONG = "images_too_long"
+    """Images take more tokens than there are; unlike a text they are never cut."""
     INTERNAL = "internal"
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from PIL import Image
 
 from backends.checkpoint import Checkpoint
 from backends.contract import ErrorCode
-from backends.errors import CheckpointError, RequestError
+from backends.errors import CheckpointError, OptionError, RequestError
 from backends.json_file import read_json
 from backends.model_config import vision_config
 
@@ -38,13 +39,19 @@ _BICUBIC = 3
 # A picture of extreme proportions would grow to gigabytes before it is cut.
 _MOST_RESIZED_PIXELS = 2**24
 _MOST_ASPECT_RATIO = 200
-PROCESSOR, GME, QWEN3 = "processor", "gme", "qwen3"
-"""Whose steps a picture of Qwen's models goes through: those of transformers' processor, of GME's own code
-(qwen-vl-utils' resize within wide bounds, then the processor), or of Qwen3-VL-Embedding's (qwen-vl-utils'
-only).
-"""
 GME_IMAGE_TOKENS = (256, 1280)
 """What GME's own code takes for one picture, whatever the checkpoint's processor says."""
+
+
+class ImageSteps(StrEnum):
+    """Whose steps a picture of Qwen's models goes through."""
+
+    PROCESSOR = "processor"
+    """Those of transformers' processor."""
+    GME = "gme"
+    """Those of GME's own code: qwen-vl-utils' resize within wide bounds, then the processor."""
+    QWEN3 = "qwen3"
+    """Those of Qwen3-VL-Embedding's own code: qwen-vl-utils' resize only."""
 
 
 class ImageProcessor(Protocol):
@@ -52,8 +59,9 @@ class ImageProcessor(Protocol):
 
     patch_size: int
     """Pixels of a patch's side."""
+    min_image_tokens: int
     max_image_tokens: int
-    """Tokens that one picture takes at most."""
+    """Tokens that one picture takes at least, and at most."""
 
     def __call__(self, picture: Image.Image) -> tuple[Patches, Grid]:
         """A picture in RGB -> its patches. Raises RequestError for one that cannot be used."""
@@ -104,7 +112,7 @@ class ClipProcessor:
                 f"model takes {self.image_size} x {self.image_size}"
             )
         self.grid = (1, self.image_size // self.patch_size, self.image_size // self.patch_size)
-        self.max_image_tokens = self.grid[1] * self.grid[2] + 1
+        self.min_image_tokens = self.max_image_tokens = self.grid[1] * self.grid[2] + 1
 
     def __call__(self, picture: Image.Image) -> tuple[Patches, Grid]:
         picture = self._resized(picture) if self.resizes else picture
@@ -150,7 +158,7 @@ class QwenProcessor:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        way: str = PROCESSOR,
+        steps: ImageSteps = ImageSteps.PROCESSOR,
         least: int | None = None,
         most: int | None = None,
     ) -> None:
@@ -169,25 +177,26 @@ class QwenProcessor:
             int(own_least) if least is None else least * unit**2,
             int(own_most) if most is None else most * unit**2,
         )
+        self.min_image_tokens = -(-bounds.least // unit**2)
+        self.max_image_tokens = max(1, bounds.most // unit**2)
         if bounds.least > bounds.most:
-            raise CheckpointError(
-                f"an image would have at least {bounds.least} and at most {bounds.most} pixels; give "
-                "--min-image-tokens and --max-image-tokens that fit together"
+            raise OptionError(
+                f"an image would have at least {self.min_image_tokens} and at most {self.max_image_tokens} "
+                "tokens; give --min-image-tokens and --max-image-tokens that fit together"
             )
         if not config.get("do_resize", True):
             raise CheckpointError(
                 f"{checkpoint.transformer_path}/preprocessor_config.json does not resize, which is not served"
             )
-        self.max_image_tokens = max(1, bounds.most // unit**2)
-        self.sizings: dict[str, tuple[Sizing, ...]] = {
-            PROCESSOR: (partial(fitted_size, unit=unit, bounds=bounds),),
-            GME: (gme_fetched_size, partial(fitted_size, unit=unit, bounds=bounds)),
-            QWEN3: (partial(fetched_size, unit=unit, bounds=bounds),),
-        }
-        self.way = way
+        fit = partial(fitted_size, unit=unit, bounds=bounds)
+        self.sizings: tuple[Sizing, ...] = {
+            ImageSteps.PROCESSOR: (fit,),
+            ImageSteps.GME: (gme_fetched_size, fit),
+            ImageSteps.QWEN3: (partial(fetched_size, unit=unit, bounds=bounds),),
+        }[steps]
 
     def __call__(self, picture: Image.Image) -> tuple[Patches, Grid]:
-        for sizing in self.sizings[self.way]:
+        for sizing in self.sizings:
             picture = picture.resize(sizing(*picture.size), self.resample)
         return self._patches(np.asarray(picture))
 

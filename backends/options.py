@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from backends.chat_prompt import CHAT_PROMPTS
 from backends.contract import TRUNCATIONS
 from backends.errors import OptionError
 
@@ -15,7 +16,6 @@ WIRE_DTYPES = {"auto": "FP32", "float32": "FP32", "bfloat16": "BF16", "float16":
 """The data type in which hidden states travel to the heads, by the option dtype. What `auto` computes in
 depends on the machine, but an entry must mean the same on every machine, so it travels in the widest one."""
 
-CHAT_TEMPLATES = ("gme-qwen2-vl", "qwen3-vl-embedding")
 IMAGE_POSITIONS = ("mrope", "plain")
 RERANK_PROMPTS = ("none", "qwen3", "bge-gemma", "mxbai", "chat-template")
 _COUNTS = (
@@ -44,7 +44,7 @@ class ServingOptions:
     max_batch_tokens: int = 16384
     """Tokens in one forward pass; a single longer text still runs, alone."""
     max_batch_size: int = 64
-    """Texts in one server request, and requests in one batch of a stage."""
+    """Items in one server request, and requests in one batch of a stage."""
     max_length: int | None = None
     """Tokens of one text, special tokens included; None is the checkpoint's own limit."""
     truncation: str = "error"
@@ -72,7 +72,7 @@ class ServingOptions:
     """Of a model of texts and images, the positions of image tokens: mrope (time, height and width) or plain
     (as words, which GME's own code does)."""
     min_image_tokens: int | None = None
-    """Tokens that one image takes at least, and at most; None is what the checkpoint says."""
+    """Tokens that one image takes at least, and at most; None is what its makers' own code says."""
     max_image_tokens: int | None = None
     trust_remote_code: bool = False
     """Whether code that a checkpoint brings may run."""
@@ -88,9 +88,9 @@ class ServingOptions:
             raise OptionError(
                 f"rerank_prompt is {self.rerank_prompt!r}; it takes one of {', '.join(RERANK_PROMPTS)}"
             )
-        if self.chat_template not in (None, *CHAT_TEMPLATES):
+        if self.chat_template not in (None, *CHAT_PROMPTS):
             raise OptionError(
-                f"chat_template is {self.chat_template!r}; it takes one of {', '.join(CHAT_TEMPLATES)}"
+                f"chat_template is {self.chat_template!r}; it takes one of {', '.join(CHAT_PROMPTS)}"
             )
         if self.image_positions not in IMAGE_POSITIONS:
             raise OptionError(

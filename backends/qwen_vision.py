@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from backends import chat_prompt
 from backends.families.base import ImageTokens
 from backends.image_processing import (
-    GME,
     GME_IMAGE_TOKENS,
-    PROCESSOR,
-    QWEN3,
     ImageProcessor,
+    ImageSteps,
     QwenProcessor,
     processor_config,
     value_table,
@@ -32,13 +31,16 @@ _START, _END, _IMAGE, _VIDEO = 151652, 151653, 151655, 151656
 _QWEN3_IMAGE_TOKENS = (4, 1800)
 
 
+_GME_NAME = re.compile(r"gme_?qwen2_?vl|gme_inference", re.IGNORECASE)
+
+
 def is_gme(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint says that it is GME: by its classes, or by the code that it brings (which is not
     run).
     """
     auto_map = checkpoint.config.get("auto_map") or {}
-    names = [checkpoint.architecture, *map(str, auto_map.values())]
-    return any("gme" in name.lower() for name in names) or any(checkpoint.path.glob("*gme*.py"))
+    code = (file.name for file in checkpoint.path.glob("*.py"))
+    return any(map(_GME_NAME.search, (checkpoint.architecture, *map(str, auto_map.values()), *code)))
 
 
 def image_tokens(config: Mapping[str, Any]) -> ImageTokens:
@@ -62,14 +64,14 @@ def gme_processor(checkpoint: Checkpoint, options: ServingOptions) -> ImageProce
         own = checkpoint.config
         least = least or int(own.get("min_image_tokens") or GME_IMAGE_TOKENS[0])
         most = most or int(own.get("max_image_tokens") or GME_IMAGE_TOKENS[1])
-    return QwenProcessor(checkpoint, GME if taken_for_gme else PROCESSOR, least, most)
+    return QwenProcessor(checkpoint, ImageSteps.GME if taken_for_gme else ImageSteps.PROCESSOR, least, most)
 
 
 def qwen3_processor(checkpoint: Checkpoint, options: ServingOptions) -> ImageProcessor:
     """The steps and the bounds of Qwen3-VL-Embedding's own code."""
     least = options.min_image_tokens or _QWEN3_IMAGE_TOKENS[0]
     most = options.max_image_tokens or _QWEN3_IMAGE_TOKENS[1]
-    return QwenProcessor(checkpoint, QWEN3, least, most)
+    return QwenProcessor(checkpoint, ImageSteps.QWEN3, least, most)
 
 
 def wrap(model: Any, checkpoint: Checkpoint) -> torch.nn.Module:

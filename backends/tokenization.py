@@ -284,7 +284,6 @@ class TextTokenizer:
         `kept` are the ids at the beginning that are never cut off; None is the prompt. Raises RequestError.
         """
         prompt = self.prompt_ids(settings.prompt) if settings.prompt else ()
-        kept = prompt if kept is None else kept
         room = self._room(settings.role)
         if settings.max_tokens is not None:
             room = max(1, min(room, settings.max_tokens - len(self.prefix) - len(self.suffix)))
@@ -292,13 +291,13 @@ class TextTokenizer:
         if is_over and settings.truncation == "error":
             raise RequestError(
                 ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the text has {self._describe(ids, unread, room)}, and this model takes "
-                f"{self._describe_limit(settings.role)}; shorten it or let it be truncated",
+                f"the text has {self._describe(ids, unread, room)}, and "
+                f"{self._describe_limit(settings)}; shorten it or let it be truncated",
                 index,
             )
         if is_over and settings.truncation == "left":
             # The prompt stays: without it the rest would be read as another kind of text.
-            kept = kept[: room - 1]
+            kept = prompt[: room - 1] if kept is None else kept[:room]
             ids = np.concatenate([np.array(kept, np.int32), ids[len(ids) - room + len(kept) :]])
         whole = np.concatenate([self.prefix, ids[:room], self.suffix])
         if not len(whole):
@@ -312,9 +311,11 @@ class TextTokenizer:
         expanded = np.concatenate([whole, np.full(added, self.expansion_id, np.int32)])
         return Tokens(expanded, prompt_length, is_over, 0 if self.expansion.attends else added)
 
-    def _describe_limit(self, role: str | None) -> str:
-        own = self.limit(role)
-        return f"{own} tokens" if own == self.max_length else f"{own} tokens of a {role}"
+    def _describe_limit(self, settings: TokenizerSettings) -> str:
+        own = self.limit(settings.role)
+        if settings.max_tokens is not None and settings.max_tokens < own:
+            return f"max_tokens is {settings.max_tokens}"
+        return f"this model takes {own} tokens" + ("" if own == self.max_length else f" of a {settings.role}")
 
     def _describe(self, ids: TokenIds, unread: int, room: int) -> str:
         length = len(ids) + len(self.prefix) + len(self.suffix)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pathspec import GitIgnoreSpec
 
-from backends.checkpoint import Checkpoint
+from backends.checkpoint import MULTIMODAL, Checkpoint
 from backends.families import FAMILIES
 from backends.heads import HEADS
 from backends.repository.pipeline import build_pipeline
@@ -62,7 +62,8 @@ def offenders(folder: str, forbidden: str, excepted: tuple[str, ...] = ()) -> li
         ("backends/", "triton_python_backend_utils", ("backends/stages/base.py",)),
         ("backends/contract.py", r"(?!re$|re\.|enum|dataclasses|numpy|__future__).*", ()),
         ("backends/ragged.py", "backends", ()),
-        ("backends/options.py", r"backends\.(?!contract|errors)", ()),
+        ("backends/options.py", r"backends\.(?!chat_prompt|contract|errors)", ()),
+        ("backends/chat_prompt.py", "backends", ()),
         ("backends/checkpoint.py", r"backends\.(?!errors|json_file|model_config|weight_files)", ()),
         ("gateway/pipeline.py", "gateway", ()),
         ("gateway/batches.py", r"gateway\.(?!pipeline)", ()),
@@ -148,6 +149,14 @@ def test_every_module_is_registered(folder, registry, shared):
 
 def test_every_family_has_a_tiny_checkpoint():
     assert set(families.FAMILIES) == set(FAMILIES)
+
+
+def test_a_checkpoint_knows_what_looks_at_images():
+    """Its rules for them go by model_type, before a family is known."""
+    seeing = {
+        kind for family in FAMILIES.values() if family.vision is not None for kind in family.model_types
+    }
+    assert seeing == set(MULTIMODAL)
 
 
 def test_every_task_of_a_head_has_outputs():

@@ -75,6 +75,11 @@ def family_of(checkpoint: Checkpoint, model_type: str | None = None) -> Family:
             f"--model-type is {model_type!r}, but {checkpoint.path}/config.json says {own!r}; leave "
             "the option out"
         )
+    if family is not None and family.vision is not None and not own:
+        raise CheckpointError(
+            f"{checkpoint.path}/config.json has no model_type; a model of texts and images needs one there "
+            f"({', '.join(family.model_types)}), for much else depends on it"
+        )
     if family is not None:
         return family
     known = ", ".join(sorted(t for family in FAMILIES.values() for t in family.model_types))

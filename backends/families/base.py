@@ -74,7 +74,7 @@ class Vision:
     """What a family of texts and images declares besides."""
 
     processor: Callable[[Checkpoint, ServingOptions], ImageProcessor]
-    """Makes pictures ready. Raises CheckpointError. Needs no torch."""
+    """Makes pictures ready. Raises CheckpointError or OptionError. Needs no torch."""
     tokens: Callable[[Mapping[str, Any]], ImageTokens]
     """By config.json."""
     wrap: Callable[[Any, Checkpoint], torch.nn.Module]
@@ -83,6 +83,8 @@ class Vision:
     """The prompt (backends.chat_prompt) of a checkpoint for which nobody gives another."""
     has_axes: bool = False
     """Whether images take positions in three axes (backends.mrope)."""
+    is_told: Callable[[Checkpoint], bool] = lambda checkpoint: True
+    """Whether a checkpoint says itself that it was trained with that prompt."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from backends.chat_prompt import GME
 from backends.families.base import Family, Vision
-from backends.qwen_vision import gme_processor, image_tokens, wrap
+from backends.qwen_vision import gme_processor, image_tokens, is_gme, wrap
 
 FAMILY = Family(
     name="qwen2_vl",
@@ -21,5 +21,6 @@ FAMILY = Family(
         wrap=wrap,
         chat_prompt=GME,
         has_axes=True,
+        is_told=is_gme,
     ),
 )

@@ -19,5 +19,6 @@ FAMILY = Family(
         wrap=wrap,
         chat_prompt=QWEN3_VL,
         has_axes=True,
+        is_told=lambda checkpoint: checkpoint.has_modules,
     ),
 )

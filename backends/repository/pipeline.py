@@ -10,7 +10,6 @@ from backends.contract import (
     ACCOUNT_OUTPUTS,
     DECODED,
     FIRST_LENGTH,
-    GRID,
     HIDDEN,
     IMAGE,
     IMAGE_GRID,
@@ -38,7 +37,14 @@ from backends.heads import HEADS, encoder_inputs, late_interaction, only_row, ta
 from backends.instruction import instruction_template
 from backends.options import WIRE_DTYPES, ServingOptions
 from backends.prompted_pairs import PromptedPairs
-from backends.qwen_vision import is_gme
+from backends.repository.multimodal import (
+    chat_notes,
+    check_image_options,
+    check_room_for_images,
+    image_facts,
+    image_stage,
+    seen_tensors,
+)
 from backends.rerank_prompt import is_language_model, rerank_prompt_of
 from backends.tokenization import TextTokenizer
 from backends.trust import check_trust
@@ -78,8 +84,9 @@ def build_pipeline(
     _check_prompt(checkpoint, options, family, heads)
     for head in heads:
         check_trust(checkpoint, head, options)
-    _check_images(checkpoint, options, family)
-    seen = _seen(checkpoint, options, family)
+    check_image_options(checkpoint, options, family)
+    check_room_for_images(checkpoint, options, family)
+    seen = seen_tensors(checkpoint, options, family)
     stages = (
         _tokenizer(reference, options, heads, seen),
         _encoder(reference, checkpoint, options, family, heads, seen),
@@ -93,14 +100,14 @@ def build_pipeline(
         inputs=(_TEXT,),
         outputs=(*outputs, *account),
         stages=stages,
-        image_stage=_image(reference, options, seen) if seen else None,
+        image_stage=image_stage(reference, options, seen) if seen else None,
         parameters=_describe(name, reference, checkpoint, options, family, heads),
         # The checkpoint's own are about pooling, which no other head does.
         notes=(
             *(checkpoint.notes if "dense" in heads else ()),
             *_causality_notes(causality),
             *_guess_notes(checkpoint, options, heads),
-            *_chat_notes(checkpoint, options, family),
+            *chat_notes(checkpoint, options, family),
         ),
         reasons=reasons,
     )
@@ -120,36 +127,6 @@ def _check_prompt(
     prompt = rerank_prompt_of(checkpoint) if takes_pairs(heads) else None
     if prompt is not None and options.max_length is not None:
         PromptedPairs(TextTokenizer(checkpoint, family.max_length(checkpoint)), prompt)
-
-
-def _check_images(checkpoint: Checkpoint, options: ServingOptions, family: Family) -> None:
-    """Raises OptionError for options about images of a model of texts."""
-    given = {
-        "--chat-template": options.chat_template,
-        "--min-image-tokens": options.min_image_tokens,
-        "--max-image-tokens": options.max_image_tokens,
-        "--image-positions": None if options.image_positions == "mrope" else options.image_positions,
-    }
-    has_chat = family.vision is not None and family.vision.chat_prompt is not None
-    for name, value in given.items():
-        if value is not None and not has_chat:
-            raise OptionError(
-                f"{name} {value} is for models whose texts and images stand in one prompt (Qwen2-VL and its "
-                f"like), and {checkpoint.path} is a {family.name} model; leave it out"
-            )
-
-
-def _chat_notes(checkpoint: Checkpoint, options: ServingOptions, family: Family) -> tuple[str, ...]:
-    """Of a language model of images that nobody has called by the name of an embedding model."""
-    vision = family.vision
-    if vision is None or vision.chat_prompt is None or options.chat_template is not None:
-        return ()
-    if checkpoint.has_modules or is_gme(checkpoint):
-        return ()
-    return (
-        f"its prompt is {vision.chat_prompt}, and its embeddings are the last token's; if it was trained "
-        "otherwise, they are wrong (--chat-template says which prompt it has)",
-    )
 
 
 def _guess_notes(checkpoint: Checkpoint, options: ServingOptions, heads: tuple[str, ...]) -> tuple[str, ...]:
@@ -258,16 +235,7 @@ def _describe(
         PipelineParameter.DTYPE: options.dtype,
         PipelineParameter.TRUNCATION: options.truncation,
     }
-    if family.vision is not None:
-        described[PipelineParameter.MODALITIES] = "text,image"
-        described[PipelineParameter.MAX_IMAGE_TOKENS] = str(
-            family.vision.processor(checkpoint, options).max_image_tokens
-        )
-        if not family.vision.tokens(checkpoint.config).is_item:
-            described[PipelineParameter.FUSES] = "true"
-        chat = options.chat_template or family.vision.chat_prompt
-        if chat is not None:
-            described[PipelineParameter.CHAT_TEMPLATE] = chat
+    described.update(image_facts(checkpoint, options, family))
     if any(checkpoint.role_prompts.values()):
         described[PipelineParameter.ROLE_PROMPTS] = "true"
     if _takes_instructions(checkpoint, family, heads):
@@ -284,28 +252,6 @@ def _takes_instructions(checkpoint: Checkpoint, family: Family, heads: tuple[str
     if family.vision is not None and family.vision.chat_prompt is not None:
         return True
     return instruction_template(checkpoint, family.instruction) is not None
-
-
-def _seen(checkpoint: Checkpoint, options: ServingOptions, family: Family) -> tuple[TensorSpec, ...]:
-    """What the encoder reads of images; nothing of a model of texts."""
-    if family.vision is None:
-        return ()
-    processor = family.vision.processor(checkpoint, options)
-    return (
-        TensorSpec(PATCHES, "UINT8", (-1, 3 * processor.patch_size**2), True),
-        TensorSpec(GRID, "INT32", (-1, 3), True),
-    )
-
-
-def _image(reference: str, options: ServingOptions, seen: tuple[TensorSpec, ...]) -> StageSpec:
-    patches = next(spec for spec in seen if spec.name == PATCHES)
-    return StageSpec(
-        stage="image",
-        stage_class="backends.stages.image.ImageStage",
-        inputs=(TensorSpec(IMAGE, "STRING", (-1,), True),),
-        outputs=(replace(patches, is_ragged=False), TensorSpec(IMAGE_GRID, "INT32", (-1, 3))),
-        parameters={"checkpoint": reference, **options.to_parameters()},
-    )
 
 
 def _tokenizer(

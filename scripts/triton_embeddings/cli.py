@@ -107,10 +107,12 @@ ImagePositions = Annotated[
     ),
 ]
 MinImageTokens = Annotated[
-    int | None, typer.Option(help="Tokens of one image, at least. Default: as the checkpoint says.")
+    int | None,
+    typer.Option(help="Tokens of one image, at least. Default: 256 of GME, 4 of Qwen3-VL-Embedding."),
 ]
 MaxImageTokens = Annotated[
-    int | None, typer.Option(help="Tokens of one image, at most. Default: as the checkpoint says.")
+    int | None,
+    typer.Option(help="Tokens of one image, at most. Default: 1280 of GME, 1800 of Qwen3-VL-Embedding."),
 ]
 MaxContextBatchSize = Annotated[int | None, typer.Option(hidden=True)]
 AllowImageUrls = Annotated[

@@ -112,7 +112,8 @@ def test_an_image_of_clip_is_an_item(clip):
         (text("a", instruction="b", prompt_name="query"), "invalid_instruction: instruction and prompt_name"),
         (
             text("a", grids=[[[1, 140, 140]]]),
-            "context_length_exceeded at item 0: the item's images take 4902",
+            "images_too_long at item 0: the item's images take 4902 tokens, 4944 with the prompt, and this "
+            "model",
         ),
     ],
 )

@@ -193,7 +193,7 @@ def test_images_are_never_cut(tmp_path):
         assert np.abs(cut - expected).max() > 1e-3
         assert np.abs(cut - kept).max() > 1e-3, "some of the text stays"
     with pytest.raises(
-        RequestError, match=r"images take \d+ tokens, \d+ with the prompt, and this model takes 40"
+        RequestError, match=r"images take \d+ tokens, \d+ with the prompt, and max_tokens is 40; send fewer"
     ):
         embed_contents(path, [long], {"max_tokens": 40}, **FEW)
 

@@ -339,3 +339,42 @@ def test_every_token_of_clip_cannot_be_had(tmp_path):
     with pytest.raises(CheckpointError, match="has one vector for each text or image"):
         build(multimodal.clip(tmp_path / "clip"), task="ALL_EMBEDDING")
     assert "tokens" in stages(build(multimodal.qwen2_vl(tmp_path / "q"), task="tokens"))
+
+
+@pytest.mark.parametrize(
+    ("mark", "is_told"),
+    [
+        ({"auto_map": {"AutoModel": "modeling_gme_qwen2vl.GmeQwen2VL"}}, True),
+        ({"architectures": ["GmeQwen2VLForVision2Seq"]}, True),
+        ({"architectures": ["SegmentationModel"], "auto_map": {"AutoModel": "augment.Model"}}, False),
+    ],
+)
+def test_which_checkpoints_are_gme(tmp_path, mark, is_told):
+    path = multimodal.qwen2_vl(tmp_path / "c")
+    (path / "segment_utils.py").write_text("")
+    write_json(path / "config.json", {**json.loads((path / "config.json").read_text()), **mark})
+    made = build(path)
+    assert made.parameters["max_image_tokens"] == ("1280" if is_told else "16384")
+    assert any("does not say how it was trained" in note for note in made.notes) != is_told
+
+
+def test_a_limit_that_no_image_fits_in_is_told_at_once(tmp_path):
+    path = multimodal.gme(tmp_path / "gme")
+    with pytest.raises(
+        OptionError, match="max_length is 100; an image takes 300 tokens at least with the prompt"
+    ):
+        build(path, max_length=100)
+    assert build(path, max_length=100, min_image_tokens=4).name == "tiny"
+    with pytest.raises(OptionError, match="at least 2000 and at most 1280 tokens"):
+        build(path, min_image_tokens=2000)
+
+
+def test_a_model_of_images_says_its_type_itself(tmp_path):
+    path = multimodal.clip(tmp_path / "clip")
+    config = json.loads((path / "config.json").read_text())
+    del config["model_type"]
+    write_json(path / "config.json", {**config, "hidden_size": 32})
+    with pytest.raises(
+        CheckpointError, match="has no model_type; a model of texts and images needs one there"
+    ):
+        build(path, model_type="clip", max_length=77)
