@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from backends.contract import Task
 from gateway.errors import GatewayError, Unavailable, UnknownModel, WrongTask
@@ -13,6 +14,21 @@ from gateway.pipeline import Pipeline
 
 # A client that asks for a model that is not there makes the gateway look again, but not more often than this.
 _REFRESH_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the inputs of a request ask of a model."""
+
+    images: bool = False
+    fuses: bool = False
+    """That one item may hold a text and images, or several."""
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(self.images or other.images, self.fuses or other.fuses)
+
+
+NO_NEEDS = Needs()
 
 
 class Catalog:
@@ -39,17 +55,17 @@ class Catalog:
             self._refreshed_at = time.monotonic()
         return self.pipelines
 
-    async def find(self, model: str | None, *tasks: Task, prefers_images: bool = False) -> Pipeline:
+    async def find(self, model: str | None, *tasks: Task, needs: Needs = NO_NEEDS) -> Pipeline:
         """The model of that name; without a name, the first that serves all the tasks, and of these one that
-        takes images if that is preferred.
+        takes what is needed if there is one.
 
         Raises UnknownModel with the known names, WrongTask for a model that does not serve a task,
         Unavailable when the server cannot tell.
         """
-        found = self._match(model, tasks, prefers_images)
+        found = self._match(model, tasks, needs)
         if found is None and time.monotonic() - self._refreshed_at > _REFRESH_INTERVAL_S:
             await self.refresh()
-            found = self._match(model, tasks, prefers_images)
+            found = self._match(model, tasks, needs)
         if found is None:
             raise self._unknown(model, tasks)
         missing = [task for task in tasks if task not in found.tasks]
@@ -62,7 +78,7 @@ class Catalog:
             )
         return found
 
-    def _match(self, model: str | None, tasks: Sequence[Task], prefers_images: bool) -> Pipeline | None:
+    def _match(self, model: str | None, tasks: Sequence[Task], needs: Needs) -> Pipeline | None:
         if not model:
             able = [p for p in self._pipelines if p.tasks.issuperset(tasks)]
             # A reranker can be asked for its logits, but who asks for classes means a classifier.
@@ -70,7 +86,8 @@ class Catalog:
                 able,
                 key=lambda p: (
                     Task.CLASSIFY in tasks and Task.SCORE in p.tasks,
-                    prefers_images and not p.takes_images,
+                    needs.images and not p.takes_images,
+                    needs.fuses and not p.fuses,
                 ),
                 default=None,
             )

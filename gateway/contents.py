@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.errors import BadRequest
+from gateway.errors import BadRequest, root_of
 from gateway.inputs import kind_of
 
 # The images of an item share the model's context with its text: so many of GME's largest fill two thirds of
 # its 32768 tokens.
 _MAX_IMAGES = 16
+# Reading a part takes microseconds, and a body has room for a million.
+_MAX_PARTS = 64
+_MAX_PARTS_IN_ALL = 8192
 _TYPES = frozenset({"text", "input_text", "image", "image_url", "input_image"})
 _UNSERVED = {
     "video": "a video",
@@ -60,6 +63,26 @@ def read_draft(item: Any, field: str, *, strings_are_images: bool = False) -> Dr
     return draft
 
 
+def check_parts(items: Sequence[Any], field: str) -> None:
+    """Counts before anything is read. Raises BadRequest for lists of parts or images that are too long."""
+    total = 0
+    for i, item in enumerate(items):
+        if not isinstance(item, dict):
+            continue
+        for name, most in (("content", _MAX_PARTS), ("image", _MAX_IMAGES), ("image_url", _MAX_IMAGES)):
+            held = item.get(name)
+            count = len(held) if isinstance(held, list) else 0
+            if count > most:
+                what = "parts" if name == "content" else "images"
+                raise BadRequest(f"{field}[{i}] has {count} {what}; one item may have {most}", param=field)
+            total += count
+    if total > _MAX_PARTS_IN_ALL:
+        raise BadRequest(
+            f"{field} has {total} parts and images in all; a request may have {_MAX_PARTS_IN_ALL}",
+            param=field,
+        )
+
+
 def read_messages(messages: Any) -> tuple[Draft, str | None]:
     """A chat's one user message, and the system message before it, if there is one. Raises BadRequest.
 
@@ -67,6 +90,8 @@ def read_messages(messages: Any) -> tuple[Draft, str | None]:
     """
     if not isinstance(messages, list):
         raise BadRequest(f"messages is {kind_of(messages)}; it takes a list of messages", param="messages")
+    if len(messages) <= 2:
+        check_parts(messages, "messages")
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     if roles not in (["user"], ["system", "user"]):
         told = ", ".join(str(role)[:20] for role in roles[:4]) or "nobody"
@@ -159,6 +184,10 @@ def _read_part(part: Any, field: str) -> Draft:
 
 def _references(value: Any, field: str) -> list[Reference]:
     if isinstance(value, list):
+        if len(value) > _MAX_IMAGES:
+            raise BadRequest(
+                f"{field} has {len(value)} images; one item may have {_MAX_IMAGES}", param=root_of(field)
+            )
         return [found for i, one in enumerate(value) for found in _references_of(one, f"{field}[{i}]")]
     return _references_of(value, field)
 
@@ -172,8 +201,3 @@ def _references_of(value: Any, field: str) -> list[Reference]:
             param=root_of(field),
         )
     return [Reference(value, field)]
-
-
-def root_of(field: str) -> str:
-    """The field of the body that something is in."""
-    return field.split("[")[0].split(".")[0]

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway.batches import Content, Item
-from gateway.catalog import Catalog
-from gateway.contents import Draft, Reference, root_of
-from gateway.errors import BadRequest, BodyTooLarge
+from gateway.catalog import Catalog, Needs
+from gateway.contents import Draft, Reference
+from gateway.errors import BadRequest, BodyTooLarge, root_of
 from gateway.images import ImageLoader
 from gateway.pipeline import Pipeline
 from gateway.tasks import Items
@@ -18,7 +18,8 @@ from gateway.tasks import Items
 _MAX_IMAGES = 256
 # A body's own limit does not bound what is fetched.
 _MAX_IMAGE_BYTES = 256 * 2**20
-_FETCHES_AT_ONCE = 8
+# A few, so that a request with many leaves turns to others.
+_FETCHES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Drafts:
     def has_images(self) -> bool:
         """Whether an item has one."""
         return bool(self.with_images)
+
+    @property
+    def needs(self) -> Needs:
+        """What a model must take for these inputs."""
+        several = any(draft.text or len(draft.images) > 1 for draft in self.with_images.values())
+        return Needs(images=self.has_images, fuses=several)
 
 
 async def load_items(
@@ -101,8 +108,21 @@ async def _load(images: ImageLoader, references: Sequence[Reference]) -> list[by
 
     loads = [asyncio.create_task(load(reference)) for reference in references]
     try:
-        # In their order: whichever fails first, the client is told the first in its list.
-        return [await one for one in loads]
+        async with asyncio.timeout(images.timeout_s):
+            # In their order: whichever fails first, the client is told the first in its list.
+            return [await one for one in loads]
+    except TimeoutError:
+        # The one that was waited for is cancelled with the wait.
+        late = next(
+            reference
+            for reference, one in zip(references, loads, strict=True)
+            if one.cancelled() or not one.done()
+        )
+        raise BadRequest(
+            f"{late.field} and all images before it were not there within {images.timeout_s:g} s; send fewer "
+            "at a time, or as data URLs (the operator can wait longer with GATEWAY_IMAGES_TIMEOUT_S)",
+            param=root_of(late.field),
+        ) from None
     finally:
         for one in loads:
             one.cancel()

@@ -56,7 +56,16 @@ def _rerank_body(error: GatewayError) -> dict[str, Any]:
     return {"message": body["message"], "detail": body["message"], "error": body}
 
 
-COHERE = ErrorStyle(lambda error: {"message": _openai_error(error, "texts")["message"]})
+_COHERE_ADVICE = {ErrorCode.CONTEXT_LENGTH_EXCEEDED: 'Send "truncate": "END" to have it cut.'}
+
+
+def _cohere_body(error: GatewayError) -> dict[str, Any]:
+    if isinstance(error, RefusedItem):
+        return {"message": error.explain("texts", _COHERE_ADVICE)}
+    return {"message": error.message}
+
+
+COHERE = ErrorStyle(_cohere_body)
 """{"message"}."""
 
 RERANK = ErrorStyle(_rerank_body)
@@ -79,7 +88,7 @@ def _rtp_llm_body(error: GatewayError) -> dict[str, Any]:
     message = error.message
     if isinstance(error, RefusedItem):
         message = error.explain("input")
-        if error.reason is ErrorCode.CONTEXT_LENGTH_EXCEEDED:
+        if error.reason in (ErrorCode.CONTEXT_LENGTH_EXCEEDED, ErrorCode.IMAGES_TOO_LONG):
             code, name = 511, "LONG_PROMPT_ERROR"
     return {"error_code": code, "error_code_str": f"{code}_{name}", "message": message}
 

@@ -18,9 +18,22 @@ route the request took.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from backends.contract import ErrorCode
+
+
+def root_of(field: str) -> str:
+    """The field of the body that a part of it is in: input of input[2].image."""
+    return field.split("[")[0].split(".")[0]
+
+
+def shorten(value: object, most: int = 60) -> str:
+    """A value as messages show it."""
+    # Of a text of megabytes no more is written out than is shown.
+    text = repr(value[: most + 1] if isinstance(value, str) else value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class GatewayError(Exception):
@@ -100,11 +113,14 @@ class RefusedItem(BadRequest):
         self.field = field
         """The client's list, where a request has several."""
 
-    def explain(self, field: str) -> str:
-        """The message with the item's place in the list `field`, and with what a client can do about it."""
+    def explain(self, field: str, other_advice: Mapping[ErrorCode, str] | None = None) -> str:
+        """The message with the item's place in the list `field`, and with what a client can do about it; a
+        dialect may have advice of its own.
+        """
         where = f"{self.field or field}[{self.item}]: " if self.item is not None else ""
         # Who sends ids to have them read knows what they are.
-        advice = ADVICE.get(self.reason) if self.field != "ids" else None
+        known = {**ADVICE, **(other_advice or {})}
+        advice = known.get(self.reason) if self.field != "ids" else None
         return f"{where}{self.message}" + (f". {advice}" if advice else "")
 
     def blame(self, field: str) -> str:

@@ -20,7 +20,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from gateway.errors import BadRequest
+from gateway.errors import BadRequest, shorten
 from gateway.image_hosts import ImageHosts
 from gateway.settings import Settings
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Lookup = Callable[[str], Awaitable[Sequence[str]]]
 """A host's name -> its addresses. Raises OSError where it has none."""
 
-_FETCHES_AT_ONCE = 16
+_FETCHES_AT_ONCE = 32
 _MAX_URL_LENGTH = 8192
 _SHOWN_LENGTH = 100
 _CHUNK_BYTES = 64 * 2**10
@@ -104,7 +104,8 @@ class ImageFetcher:
                 answer = await self._ask(url)
             except _Refusal as refusal:
                 raise BadRequest(f"{subject} {refusal}") from None
-            except aiohttp.ClientError as error:
+            # aiohttp raises a bare ValueError for some of what a host may answer.
+            except (aiohttp.ClientError, ValueError) as error:
                 raise BadRequest(f"{subject} {_explain(error)}") from None
             if isinstance(answer, bytes):
                 return answer
@@ -133,11 +134,11 @@ class ImageFetcher:
             raise _Refusal(f"answered with the status {response.status}")
         kind = response.content_type
         if not kind.startswith("image/") and kind not in _UNKNOWN_TYPES:
-            raise _Refusal(f"sends {_shorten(kind)}, which is no image")
+            raise _Refusal(f"sends {shorten(kind)}, which is no image")
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
-            raise _Refusal(f"sends its answer compressed ({_shorten(encoding)}), which is not read")
-        too_large = _Refusal(f"is larger than {self._max_bytes} bytes")
+            raise _Refusal(f"sends its answer compressed ({shorten(encoding)}), which is not read")
+        too_large = _Refusal(f"is larger than {self._max_bytes} bytes (GATEWAY_MAX_IMAGE_BYTES)")
         if (response.content_length or 0) > self._max_bytes:
             raise too_large
         data = bytearray()
@@ -208,33 +209,31 @@ def _read_url(text: str) -> URL:
         raise BadRequest(f"a URL of {len(text)} characters is too long; at most {_MAX_URL_LENGTH} are taken")
     # The parser would leave some of them out in silence.
     if _CONTROL.search(text):
-        raise BadRequest(f"the URL {_shorten(repr(text))} has control characters in it")
+        raise BadRequest(f"the URL {shorten(text, _SHOWN_LENGTH)} has control characters in it")
     try:
         url = URL(text)
     except _UNREADABLE:
         url = URL()
     if not url.raw_host:
-        raise BadRequest(f"{_shorten(repr(text))} is not a valid URL")
+        raise BadRequest(f"{shorten(text, _SHOWN_LENGTH)} is not a valid URL")
     return url
 
 
 def _join(url: URL, location: str) -> URL:
+    refusal = _Refusal("redirects to what is not a valid URL")
+    if _CONTROL.search(location):
+        raise refusal
     try:
         return url.join(URL(location))
     except _UNREADABLE:
-        raise _Refusal("redirects to what is not a valid URL") from None
+        raise refusal from None
 
 
 def _show(url: URL) -> str:
     """A URL as clients and logs see it: a query may hold keys."""
-    return _shorten(
-        str(url.with_user(None).with_query(None).with_fragment(None)) if url.raw_host else "the URL"
-    )
+    shown = str(url.with_user(None).with_query(None).with_fragment(None)) if url.raw_host else "the URL"
+    return shown if len(shown) <= _SHOWN_LENGTH else f"{shown[: _SHOWN_LENGTH - 3]}..."
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 3]}..."
-
-
-def _explain(error: aiohttp.ClientError) -> str:
+def _explain(error: aiohttp.ClientError | ValueError) -> str:
     return next((reason for kind, reason in _REASONS if isinstance(error, kind)), "cannot be fetched")

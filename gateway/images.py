@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import binascii
 import re
+from collections.abc import Iterator
 
 from backends.contract import ErrorCode
-from gateway.errors import BadRequest
+from gateway.errors import BadRequest, root_of, shorten
 from gateway.image_fetcher import ImageFetcher, Lookup, look_up
 from gateway.settings import Settings
 
@@ -41,6 +42,8 @@ class ImageLoader:
 
     def __init__(self, settings: Settings, lookup: Lookup = look_up) -> None:
         self._max_bytes = settings.max_image_bytes
+        self.timeout_s = settings.images_timeout_s
+        """For all images of one request."""
         self._fetcher = ImageFetcher(settings, lookup) if settings.fetches_images else None
 
     async def load(self, reference: str, field: str) -> bytes:
@@ -51,9 +54,8 @@ class ImageLoader:
         try:
             return await self._load(reference.strip())
         except BadRequest as refusal:
-            root = field.split("[")[0].split(".")[0]
             raise BadRequest(
-                f"{field}: {refusal.message}", param=root, code=ErrorCode.INVALID_IMAGE
+                f"{field}: {refusal.message}", param=root_of(field), code=ErrorCode.INVALID_IMAGE
             ) from None
 
     async def close(self) -> None:
@@ -68,13 +70,13 @@ class ImageLoader:
         if beginning.startswith(("http://", "https://")):
             if self._fetcher is None:
                 raise BadRequest(
-                    f"this server does not fetch URLs ({_shorten(reference.partition('?')[0])}); send the "
+                    f"this server does not fetch URLs ({shorten(reference.partition('?')[0])}); send the "
                     "image as a data URL (data:image/png;base64,...). Its operator can allow it with "
                     "--allow-image-urls"
                 )
             return await self._fetcher.fetch(reference)
         if not _is_image_in_base64(reference):
-            raise BadRequest(f"{_shorten(reference)} is none of what is taken: {_TAKEN}")
+            raise BadRequest(f"{shorten(reference)} is none of what is taken: {_TAKEN}")
         return await self._decode(reference)
 
     async def _decode(self, text: str) -> bytes:
@@ -85,15 +87,14 @@ class ImageLoader:
 
 def decode(text: str, max_bytes: int) -> bytes:
     """Base64 of either alphabet, with or without padding, blanks anywhere. Raises BadRequest."""
-    if "%" in text:
-        for code, character in _PERCENT.items():
-            text = text.replace(code, character)
     try:
-        slices = (text[at : at + _SLICE] for at in range(0, len(text), _SLICE))
-        digits = b"".join(part.encode("ascii").translate(_STANDARD, _BLANK) for part in slices).rstrip(b"=")
+        digits = b"".join(_slices(text)).rstrip(b"=")
         size = len(digits) * 3 // 4
         if size > max_bytes:
-            raise BadRequest(f"the image has {size} bytes; at most {max_bytes} are taken")
+            raise BadRequest(
+                f"the image has {size} bytes; at most {max_bytes} are taken (the operator can raise the "
+                "limit with GATEWAY_MAX_IMAGE_BYTES)"
+            )
         if not digits:
             raise BadRequest("the image is empty")
         if b"=" in digits:
@@ -105,6 +106,22 @@ def decode(text: str, max_bytes: int) -> bytes:
         )
     except (UnicodeEncodeError, binascii.Error) as error:
         raise BadRequest(f"its base64 cannot be read: {_explain(error)}") from None
+
+
+def _slices(text: str) -> Iterator[bytes]:
+    """The digits in pieces, in the standard alphabet, without blanks; a whole URL may be percent-encoded."""
+    start = 0
+    while start < len(text):
+        stop = start + _SLICE
+        # Not between a percent sign and its digits.
+        sign = text.rfind("%", stop - 2, stop)
+        stop = stop if sign < 0 else sign
+        part = text[start:stop]
+        if "%" in part:
+            for code, character in _PERCENT.items():
+                part = part.replace(code, character)
+        yield part.encode("ascii").translate(_STANDARD, _BLANK)
+        start = stop
 
 
 def _explain(error: UnicodeEncodeError | binascii.Error) -> str:
@@ -120,18 +137,18 @@ def _data_of(url: str) -> str:
     comma = url.find(",", 0, _MAX_HEADER_LENGTH)
     if comma < 0:
         raise BadRequest(
-            f"the data URL {_shorten(url)} has no comma in its first {_MAX_HEADER_LENGTH} characters, "
+            f"the data URL {shorten(url)} has no comma in its first {_MAX_HEADER_LENGTH} characters, "
             "behind which its data would stand"
         )
     kind, *parameters = (part.strip().lower() for part in url[len("data:") : comma].split(";"))
     # Some clients write image alone.
     if kind not in ("image", "application/octet-stream") and not kind.startswith("image/"):
         raise BadRequest(
-            f"the data URL {_shorten(url)} has the media type {_shorten(kind)}; image/... belongs there"
+            f"the data URL {shorten(url)} has the media type {shorten(kind)}; image/... belongs there"
         )
     if "base64" not in parameters:
         raise BadRequest(
-            f"the data URL {_shorten(url)} is not in base64; write ;base64 before its comma, and the base64 "
+            f"the data URL {shorten(url)} is not in base64; write ;base64 before its comma, and the base64 "
             "of the file behind it"
         )
     return url[comma + 1 :]
@@ -145,8 +162,3 @@ def _is_image_in_base64(text: str) -> bool:
     except BadRequest:
         return False
     return _BEGINNING.match(beginning) is not None
-
-
-def _shorten(text: str) -> str:
-    shown = repr(text[:60])
-    return shown if len(text) <= 60 else f"{shown[:57]}..."

@@ -6,6 +6,7 @@ The server requests of one client request are sent at once over one long-lived g
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -46,6 +47,8 @@ _CHANNEL_OPTIONS = [
 ]
 _LARGE = frozenset({TOKEN_VECTORS, TOKEN_EMBEDDINGS})
 _LARGE_PARTS = 4
+# Enough to keep the image stage and the encoder busy.
+_IMAGE_PARTS = 8
 # Of a long query that goes with each of thousands of documents only so much is in flight at once.
 _LARGE_REQUEST_BYTES = 32 * 2**20
 # A sparse weight becomes an object of 40 characters, four times what it takes of a dense vector.
@@ -94,6 +97,17 @@ class GrpcInference:
         self._timeout_s = timeout_s
         self._max_answer_bytes = max_answer_bytes
         self._last_success: dict[str, float] = {}
+        self._image_turns: dict[str, asyncio.Semaphore] = {}
+
+    def _turn(
+        self, pipeline: Pipeline, stage: str | None, part: Part
+    ) -> contextlib.AbstractAsyncContextManager[None]:
+        """Of items with images few server requests are under way for all clients together: the encoder takes
+        all that wait at once, and a text among them waits for all.
+        """
+        if stage is not None or not part.has_images:
+            return contextlib.nullcontext()
+        return self._image_turns.setdefault(pipeline.name, asyncio.Semaphore(_IMAGE_PARTS))
 
     async def pipelines(self) -> list[Pipeline]:
         try:
@@ -139,7 +153,8 @@ class GrpcInference:
                     raise _too_large(self._max_answer_bytes)
                 own = [items[i] for i in part.places]
                 model = _entry(pipeline, stage, has_images=part.has_images)
-                answer = await self._ask(pipeline, model, tensors(own, stage), asked, parameters)
+                async with self._turn(pipeline, stage, part):
+                    answer = await self._ask(pipeline, model, tensors(own, stage), asked, parameters)
                 answered += sum(array.nbytes * _JSON_WEIGHT.get(name, 1) for name, array in answer.items())
                 if answered > self._max_answer_bytes:
                     raise _too_large(self._max_answer_bytes)

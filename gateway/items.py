@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, WithJsonSchema, model_validator
 
 from backends.contract import ErrorCode
-from gateway.contents import Draft, read_draft, read_messages
+from gateway.contents import Draft, check_parts, read_draft, read_messages
 from gateway.drafts import Drafts
 from gateway.errors import ADVICE, BadRequest, EmptyInput
 from gateway.inputs import TextFields, kind_of
@@ -142,6 +142,7 @@ def read_drafts(
             param=field,
         )
     if isinstance(value[0], (str, dict)):
+        check_parts(value, field)
         read = (
             read_draft(item, f"{field}[{i}]", strings_are_images=strings_are_images)
             for i, item in enumerate(value)

@@ -43,6 +43,8 @@ class Settings(BaseSettings):
     """
     image_timeout_s: float = Field(10.0, gt=0)
     """Of one fetch, with its redirects."""
+    images_timeout_s: float = Field(30.0, gt=0)
+    """Of all images of one request, waiting for a turn included."""
     max_image_redirects: int = Field(3, ge=0)
     request_timeout_s: float = Field(300.0, gt=0)
     """After this long without an answer from the server a request fails with 504."""

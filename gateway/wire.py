@@ -16,7 +16,7 @@ import orjson
 from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
 
-from gateway.errors import BadRequest, BodyTooLarge
+from gateway.errors import BadRequest, BodyTooLarge, shorten
 
 Item = TypeVar("Item")
 Body = TypeVar("Body", bound=BaseModel)
@@ -81,7 +81,7 @@ def check(model: type[Body], content: Mapping[str, Any]) -> Body:
         )
         if first["type"] == "missing":
             raise BadRequest(f"the field {field} is missing", param=field) from None
-        raise BadRequest(f"{field} is {_shorten(first['input'])}: {_explain(first)}", param=field) from None
+        raise BadRequest(f"{field} is {shorten(first['input'])}: {_explain(first)}", param=field) from None
 
 
 async def matrix(values: npt.NDArray[Any]) -> Any:
@@ -148,11 +148,6 @@ def _explain(error: Any) -> str:
         return _EXPLANATIONS[error["type"]]
     text: str = error["msg"]
     return text.removeprefix("Value error, ").replace("Input should be", "it should be")
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _kind(content: Any) -> str:

@@ -18,7 +18,7 @@ from gateway.drafts import Drafts, load_items
 from gateway.endpoints.dialect import Dialect, describe, services
 from gateway.error_bodies import COHERE
 from gateway.errors import BadRequest
-from gateway.inputs import MAX_INT, ROLES, TextFields, text_options
+from gateway.inputs import MAX_INT, ROLES, TextFields, kind_of, text_options
 from gateway.items import read_drafts
 from gateway.pipeline import Pipeline
 from gateway.quantization import QUANTIZATIONS
@@ -112,7 +112,7 @@ async def _embed(request: Request, version: str) -> Response:
     own = services(request)
     body = await read(request, EmbedRequest, own.settings.max_body_bytes)
     drafts = _read_drafts(body, own.settings)
-    pipeline = await own.catalog.find(body.model, Task.EMBED, prefers_images=drafts.has_images)
+    pipeline = await own.catalog.find(body.model, Task.EMBED, needs=drafts.needs)
     options = _options(body, pipeline)
     (items,) = await load_items(own.images, own.catalog, pipeline, drafts)
     made = await represent(own.inference, pipeline, items, [Task.EMBED], options, drafts.field)
@@ -136,6 +136,11 @@ def _read_drafts(body: EmbedRequest, settings: Settings) -> Drafts:
         held = " and ".join(there) or "none of them"
         raise BadRequest(f"a request has one of texts, images and inputs; this one has {held}")
     (field,) = there
+    for i, item in enumerate(body.inputs or ()):
+        if not isinstance(item, dict):
+            raise BadRequest(
+                f'inputs[{i}] is {kind_of(item)}; it takes {{"content": [parts]}}', param="inputs"
+            )
     return read_drafts(given[field], settings, field, strings_are_images=field == "images")
 
 

@@ -65,7 +65,7 @@ async def create_hybrid_embeddings(request: Request) -> Response:
     body = await read(request, HybridRequest, own.settings.max_body_bytes)
     drafts, body = read_inputs(body, own.settings)
     tasks = kinds_to_tasks(body.outputs or ())
-    pipeline = await own.catalog.find(body.model, *tasks, prefers_images=drafts.has_images)
+    pipeline = await own.catalog.find(body.model, *tasks, needs=drafts.needs)
     tasks = tasks or [task for task in KIND_TASKS.values() if task in pipeline.tasks]
     if not tasks:
         raise WrongTask(

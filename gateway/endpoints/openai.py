@@ -66,7 +66,7 @@ async def create_embeddings(request: Request) -> Response:
     body = await read(request, EmbeddingRequest, own.settings.max_body_bytes)
     drafts, body = read_inputs(body, own.settings)
     tasks = kinds_to_tasks(body.embedding_types or ["dense"])
-    pipeline = await own.catalog.find(body.model, *tasks, prefers_images=drafts.has_images)
+    pipeline = await own.catalog.find(body.model, *tasks, needs=drafts.needs)
     options = text_options(body, pipeline, tasks)
     (items,) = await load_items(own.images, own.catalog, pipeline, drafts)
     made = await represent(own.inference, pipeline, items, tasks, options, drafts.field)

@@ -146,8 +146,8 @@ async def compare(request: Request) -> Response:
     if asked is not None:
         mixed = read_weights(body.weights) or DEFAULT_WEIGHTS
         weights = mixed if asked == "hybrid" else {asked: 1.0}
-    prefers_images = any(one.has_images for one in lists)
-    pipeline = await own.catalog.find(body.model, *kinds_to_tasks(weights), prefers_images=prefers_images)
+    needs = lists[0].needs | lists[1].needs
+    pipeline = await own.catalog.find(body.model, *kinds_to_tasks(weights), needs=needs)
     if not weights:
         pipeline = pipeline if kinds_of(pipeline) else await own.catalog.find(body.model, Task.EMBED)
         weights = {kinds_of(pipeline)[0]: 1.0}
@@ -199,7 +199,7 @@ async def _create(request: Request, model: type[EmbeddingRequest], kind: str) ->
     body = await read(request, model, own.settings.max_body_bytes)
     drafts, body = read_inputs(body, own.settings)
     tasks = kinds_to_tasks([kind])
-    pipeline = await own.catalog.find(body.model, *tasks, prefers_images=drafts.has_images)
+    pipeline = await own.catalog.find(body.model, *tasks, needs=drafts.needs)
     options = text_options(body, pipeline, tasks)
     (items,) = await load_items(own.images, own.catalog, pipeline, drafts)
     made = await represent(own.inference, pipeline, items, tasks, options, drafts.field)

@@ -41,8 +41,8 @@ def test_items_with_images_have_server_requests_of_their_own():
 
 
 def test_an_image_counts_as_the_tokens_that_it_may_have():
-    pipeline = dataclasses.replace(MULTIMODAL, max_batch_tokens=30, max_image_tokens=10)
-    # 12 tokens each, and of an image's 10 none are within the limit of a text.
+    pipeline = dataclasses.replace(MULTIMODAL, max_batch_tokens=120, max_image_tokens=10)
+    # Of a quarter of the budget. 12 tokens each, and of an image's 10 none are within the limit of a text.
     assert places([Content(b"", (b"1",))] * 3, pipeline) == [[0, 1], [2]]
     assert places([Content(b"", (b"1",) * 3)] * 2, pipeline) == [[0], [1]]
 

@@ -430,12 +430,34 @@ class TestLoading:
         assert answer.status_code == 200
         for row, number in zip(answer.json()["data"], numbers, strict=True):
             np.testing.assert_allclose(row["embedding"], vector(Content(b"", (number.encode(),))), rtol=1e-6)
-        assert max(loader[1]) == 8
+        assert max(loader[1]) == 4
 
     async def test_the_first_bad_one_is_told_and_the_rest_is_given_up(self, loader):
         answer = await self.embed(["9", "1", "0", "99"])
         assert message_of(answer) == "input[1].image: no"
         assert loader[0] == []
+
+    async def test_all_of_them_have_one_deadline(self, inference):
+        late = asyncio.Event()
+
+        async def quick(request):
+            return web.Response(body=png(b"a"), content_type="image/png")
+
+        async def slow(request):
+            await late.wait()
+            return web.Response(body=png(b"a"), content_type="image/png")
+
+        settings = {"image_hosts": "127.0.0.1", "images_timeout_s": 0.3}
+        async with (
+            site({"/quick": quick, "/slow": slow}) as pictures,
+            running(inference, **settings) as client,
+        ):
+            given = [{"image": f"{pictures.url}/{name}"} for name in ("quick", "slow", "quick")]
+            answer = await client.post(EMBED, json={"model": "gme", "input": given})
+            late.set()
+        assert message_of(answer).startswith(
+            "input[1].image and all images before it were not there within 0.3 s; send fewer at a time"
+        )
 
     async def test_all_of_them_together_are_bounded(self, loader, monkeypatch):
         monkeypatch.setattr(drafts, "_MAX_IMAGE_BYTES", 10)
@@ -443,3 +465,47 @@ class TestLoading:
         answer = await self.embed(["2"] * 40)
         assert "the images of the request have more than 10 bytes in all" in message_of(answer, 413)
         assert len(loader[1]) < 35, "what comes after is not fetched"
+
+
+class TestCounts:
+    """Told before anything is read: a body has room for a million parts."""
+
+    @pytest.mark.parametrize(
+        ("item", "message"),
+        [
+            ({"content": [{"text": "a"}] * 65}, "input[0] has 65 parts; one item may have 64"),
+            ({"image": ["x"] * 17}, "input[0] has 17 images; one item may have 16"),
+            (
+                {"content": [{"image": ["x"] * 17}]},
+                "input[0].content[0].image has 17 images; one item may have 16",
+            ),
+        ],
+    )
+    async def test_of_one_item(self, client, item, message):
+        assert message_of(await client.post(EMBED, json={"input": [item]})) == message
+        told = message.replace("input[0]", "messages[0]")
+        if "content" in item:
+            body = {"messages": [{"role": "user", **item}]}
+            assert message_of(await client.post(EMBED, json=body)) == told
+
+    async def test_of_a_request(self, inference):
+        async with running(inference, max_items=1000) as client:
+            items = [{"content": [{"text": "a"}] * 60}] * 140
+            answer = await client.post(EMBED, json={"input": items})
+        assert message_of(answer) == "input has 8400 parts and images in all; a request may have 8192"
+
+
+class TestUnnamed:
+    """Without a name a model is found that takes what is sent."""
+
+    async def test_what_is_fused_goes_where_it_is_taken(self):
+        inference = FakeInference([TOWERS, MULTIMODAL])
+        async with running(inference) as client:
+            for item in ({"text": "a", "image": A}, {"image": [A, BARE]}):
+                answer = await client.post(EMBED, json={"input": [item]})
+                assert answer.json()["model"] == "org/gme"
+            answer = await client.post(EMBED, json={"input": [{"image": A}, "a"]})
+            assert answer.json()["model"] == "org/clip"
+            left = {"left": [{"image": A}], "right": [{"text": "a", "image": A}]}
+            answer = await client.post("/v1/embeddings/similarity", json=left)
+            assert answer.json()["model"] == "org/gme"

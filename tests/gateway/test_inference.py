@@ -206,6 +206,16 @@ async def test_images_are_sent_a_few_at_a_time():
     assert inference.most == 4
 
 
+async def test_images_of_all_clients_together_are_a_few_at_a_time():
+    inference = CannedInference()
+    images = [Content(b"", (b"x",))] * 40
+    await asyncio.gather(*(inference.infer(MULTIMODAL, images, [DENSE], {}) for _ in range(5)))
+    assert inference.most == 8
+    inference.most = 0
+    await asyncio.gather(*(inference.infer(MULTIMODAL, [b"x"], [DENSE], {}) for _ in range(20)))
+    assert inference.most == 20, "texts do not wait for a turn"
+
+
 def test_what_the_server_says_of_a_model_of_images():
     def config(**parameters):
         given = {"tasks": "embed", "max_length": "16", "max_batch_tokens": "64"} | parameters

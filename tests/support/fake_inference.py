@@ -90,6 +90,8 @@ MULTIMODAL = replace(
     takes_images=True,
     fuses=True,
     max_image_tokens=4,
+    # A quarter of it is for items with images.
+    max_batch_tokens=4 * PIPELINE.max_batch_tokens,
     takes_instructions=True,
 )
 """A model that embeds a text and images as one."""
