@@ -21,9 +21,7 @@ from gateway.answers import mark_truncated, usage, usage_header, vectors_of
 from gateway.drafts import load_items
 from gateway.endpoints.dialect import Dialect, Services, describe, services
 from gateway.error_bodies import RTP_LLM
-from gateway.errors import (
-    BadRequest,
-)
+from gateway.errors import BadRequest
 from gateway.inputs import TextFields, text_options
 from gateway.items import InputFields, Inputs, read_drafts, read_inputs
 from gateway.kinds import DEFAULT_WEIGHTS, kinds_to_tasks, read_weights
