@@ -91,7 +91,7 @@ def test_a_request_in_flight_survives_sigterm(tmp_path, checkpoint):
         code = serving.stop()
         sender.join(200)
     ((status, answer),) = answers
-    assert (status, len(answer["data"])) == (200, 1500)
+    assert (status, len(answer["data"])) == (200, 600)
     assert code == 0
 
 
