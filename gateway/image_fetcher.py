@@ -61,6 +61,11 @@ class _Refusal(Exception):
     """Why an image was not fetched: what stands behind the URL's name in a sentence."""
 
 
+def _elsewhere(hosts: ImageHosts, host: str, port: int) -> _Refusal:
+    where = hosts.describe_allowed(host, port)
+    return _Refusal(f"does not lead to {where}; send the image as a data URL")
+
+
 async def look_up(host: str) -> list[str]:
     """The addresses that the system knows of a host."""
     found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -122,7 +127,7 @@ class ImageFetcher:
             raise _Refusal("has a user's name or password in it, which is not sent on")
         # aiohttp does not ask the resolver for a host that is an address itself.
         if not self._hosts.can_allow(host, port):
-            raise _Refusal(f"does not lead to {self._hosts.describe_allowed(host, port)}")
+            raise _elsewhere(self._hosts, host, port)
         async with self._session.get(url, allow_redirects=False) as response:
             location = response.headers.get("Location")
             if response.status in _REDIRECTS and location is not None:
@@ -178,7 +183,7 @@ class _CheckedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        refusal = _Refusal(f"does not lead to {self._hosts.describe_allowed(host, port)}")
+        refusal = _elsewhere(self._hosts, host, port)
         try:
             addresses = [ip_address(address) for address in await self._lookup(host)]
         except OSError as error:

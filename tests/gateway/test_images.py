@@ -26,6 +26,9 @@ BASE64 = base64.b64encode(IMAGE).decode()
 LIMIT = 1000
 
 
+ADVICE = "; send the image as a data URL"
+
+
 @contextlib.asynccontextmanager
 async def loading(lookup=look_up, **settings):
     loader = ImageLoader(
@@ -249,7 +252,7 @@ async def test_a_host_is_looked_up_by_the_system():
         assert await loader.load(f"http://localhost:{web_site.port}/", FIELD) == IMAGE
     async with loading(image_hosts="localhost") as loader:
         reason = await refusal(loader, f"http://localhost:{web_site.port}/")
-    assert reason == f"http://localhost:{web_site.port}/ does not lead to a public address"
+    assert reason == f"http://localhost:{web_site.port}/ does not lead to a public address" + ADVICE
 
 
 async def test_no_cookies_are_kept_and_no_proxy_is_asked(monkeypatch):
@@ -292,14 +295,16 @@ async def test_no_cookies_are_kept_and_no_proxy_is_asked(monkeypatch):
 async def test_this_machine_is_not_asked(url):
     async with site({"/": image()}) as web_site, loading(image_hosts="", allow_image_urls=True) as loader:
         reason = await refusal(loader, url.format(web_site.port))
-        assert reason.endswith(" does not lead to a public address")
+        assert reason.endswith(" does not lead to a public address" + ADVICE)
         assert web_site.requests == []
 
 
 async def test_only_listed_hosts_are_asked():
     async with site({"/": image()}) as web_site, loading(image_hosts="cdn.example,10.0.0.0/8") as loader:
         reason = await refusal(loader, f"{web_site.url}/")
-        assert reason == f"{web_site.url}/ does not lead to a host that this server fetches images from"
+        assert (
+            reason == f"{web_site.url}/ does not lead to a host that this server fetches images from" + ADVICE
+        )
         assert web_site.requests == []
 
 
@@ -312,7 +317,7 @@ async def test_a_name_that_nothing_can_open_is_not_looked_up():
 
     async with loading(lookup, image_hosts="cdn.example") as loader:
         reason = await refusal(loader, "http://key-of-a-client.evil.example/")
-        assert reason.endswith("does not lead to a host that this server fetches images from")
+        assert reason.endswith("does not lead to a host that this server fetches images from" + ADVICE)
         assert asked == []
         assert "a public address" in await refusal(loader, "http://cdn.example/")
         assert asked == ["cdn.example"]
@@ -327,7 +332,7 @@ async def test_nobody_learns_which_names_a_private_network_has():
     async with loading(lookup, image_hosts="", allow_image_urls=True) as loader:
         there = await refusal(loader, "http://there.internal/")
         nowhere = await refusal(loader, "http://nowhere.internal/")
-    assert there == "http://there.internal/ does not lead to a public address"
+    assert there == "http://there.internal/ does not lead to a public address" + ADVICE
     assert nowhere == there.replace("there", "nowhere")
 
 
@@ -369,7 +374,7 @@ async def test_a_name_that_leads_elsewhere_on_the_second_look_is_refused():
         url = f"http://images.example:{listed.port}/"
         reason = await refusal(loader, url)
         assert reason == (
-            f"what {url} redirects to does not lead to a host that this server fetches images from"
+            f"what {url} redirects to does not lead to a host that this server fetches images from" + ADVICE
         )
         assert lookup.n_asked == 2
         assert (len(listed.requests), inside.requests) == (1, [])
@@ -420,10 +425,10 @@ async def test_redirects_in_a_circle_end(n_allowed):
 @pytest.mark.parametrize(
     ("location", "reason"),
     [
-        ("http://127.0.0.2:{}/", "does not lead to a host that this server fetches images from"),
-        ("//127.0.0.2:{}/", "does not lead to a host that this server fetches images from"),
-        ("http://2130706434:{}/", "does not lead to a host that this server fetches images from"),
-        ("http://[::1]:{}/", "does not lead to a host that this server fetches images from"),
+        ("http://127.0.0.2:{}/", "does not lead to a host that this server fetches images from" + ADVICE),
+        ("//127.0.0.2:{}/", "does not lead to a host that this server fetches images from" + ADVICE),
+        ("http://2130706434:{}/", "does not lead to a host that this server fetches images from" + ADVICE),
+        ("http://[::1]:{}/", "does not lead to a host that this server fetches images from" + ADVICE),
         ("http://user:word@127.0.0.1:{}/", "has a user's name or password in it, which is not sent on"),
         ("file:///etc/passwd", "is no http or https URL"),
         ("ftp://127.0.0.1:{}/", "is no http or https URL"),
