@@ -162,8 +162,11 @@ class QwenProcessor:
         least: int | None = None,
         most: int | None = None,
     ) -> None:
-        """`least` and `most` are tokens of one picture, where not the checkpoint's own file counts; `way`
-        says whose steps are taken.
+        """`steps` says whose resizing is followed; `least` and `most` are tokens of one picture, and stand
+        in for the limits of the checkpoint's own file.
+
+        Raises CheckpointError where that file is missing or does not resize, and OptionError where
+        the two limits leave no size.
         """
         config = processor_config(checkpoint)
         size = config.get("size") or {}
