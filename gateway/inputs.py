@@ -66,31 +66,21 @@ class TextFields(BaseModel):
     )
 
 
-def text_options(body: TextFields, pipeline: Pipeline, tasks: Collection[Task]) -> TextOptions:
-    """What a request asks of the pipeline. Raises BadRequest for what the tasks cannot honour, and for
-    dimensions that the model does not have.
+def text_options(
+    body: TextFields, pipeline: Pipeline, tasks: Collection[Task], dimensions_field: str = "dimensions"
+) -> TextOptions:
+    """What a request asks of the pipeline. `dimensions_field` is what the dialect calls `dimensions`.
+    Raises BadRequest for what the tasks cannot honour, and for dimensions that the model does not have.
     """
-    if body.dimensions is not None and Task.EMBED not in tasks:
-        raise BadRequest(
-            "dimensions is for dense embeddings, which are not asked for here", param="dimensions"
-        )
+    if body.dimensions is not None:
+        if Task.EMBED not in tasks:
+            raise BadRequest(
+                f"{dimensions_field} is for dense embeddings, which are not asked for here",
+                param=dimensions_field,
+            )
+        _check_dimensions(body.dimensions, pipeline, dimensions_field)
     if body.top_k is not None and Task.SPARSE not in tasks:
         raise BadRequest("top_k is for sparse embeddings, which are not asked for here", param="top_k")
-    most = pipeline.dimensions
-    if body.dimensions is not None and most is not None and body.dimensions > most:
-        raise BadRequest(
-            f"dimensions is {body.dimensions}; {pipeline.served_model_name} takes 1 to {most}",
-            param="dimensions",
-            code=ErrorCode.INVALID_DIMENSIONS,
-        )
-    sizes = pipeline.matryoshka_dimensions
-    if body.dimensions is not None and sizes and body.dimensions not in (*sizes, most):
-        raise BadRequest(
-            f"dimensions is {body.dimensions}; {pipeline.served_model_name} takes one of "
-            f"{', '.join(map(str, sizes))}",
-            param="dimensions",
-            code=ErrorCode.INVALID_DIMENSIONS,
-        )
     truncation = None
     if body.truncate is False:
         truncation = "error"
@@ -105,6 +95,21 @@ def text_options(body: TextFields, pipeline: Pipeline, tasks: Collection[Task]) 
         normalize=body.normalize,
         role=ROLES[body.input_type] if body.input_type else None,
         top_k=body.top_k,
+    )
+
+
+def _check_dimensions(dimensions: int, pipeline: Pipeline, field: str) -> None:
+    most, sizes = pipeline.dimensions, pipeline.matryoshka_dimensions
+    if most is not None and dimensions > most:
+        taken = f"1 to {most}"
+    elif sizes and dimensions not in (*sizes, most):
+        taken = f"one of {', '.join(map(str, sizes))}"
+    else:
+        return
+    raise BadRequest(
+        f"{field} is {dimensions}; {pipeline.served_model_name} takes {taken}",
+        param=field,
+        code=ErrorCode.INVALID_DIMENSIONS,
     )
 
 

@@ -155,7 +155,7 @@ def _options(body: EmbedRequest, pipeline: Pipeline) -> TextOptions:
             "dimensions": body.output_dimension,
         }
     )
-    options = text_options(fields, pipeline, [Task.EMBED])
+    options = text_options(fields, pipeline, [Task.EMBED], "output_dimension")
     return replace(options, truncation=_TRUNCATIONS[body.truncate], max_tokens=body.max_tokens)
 
 

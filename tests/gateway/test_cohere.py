@@ -134,7 +134,7 @@ async def test_what_was_cut_is_told(client):
         ({"texts": ["a"], "embedding_types": []}, "embedding_types is []: it should have at least one item"),
         ({"texts": ["a"], "embedding_types": ["int4"]}, "embedding_types.0 is 'int4'"),
         ({"texts": ["a"], "input_type": "poem"}, "input_type is 'poem'"),
-        ({"texts": ["a"], "output_dimension": 9}, "dimensions is 9; org/gme takes 1 to 8"),
+        ({"texts": ["a"], "output_dimension": 9}, "output_dimension is 9; org/gme takes 1 to 8"),
         ({"texts": ["a"], "model": "org/reranker"}, "the model org/reranker does not serve embed"),
         (
             {"inputs": [{"content": [{"image": base64.b64encode(IMAGE + BROKEN).decode()}]}]},
