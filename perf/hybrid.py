@@ -10,12 +10,11 @@ Rounds take turns, so that a noisy machine is noisy to all of them. Rows go to p
 
 import argparse
 import asyncio
-import statistics
 import time
 from pathlib import Path
 
 import aiohttp
-from recording import append
+from recording import append_rates
 
 from tests.support.checkpoints import bge_m3
 from tests.support.sentences import paragraphs
@@ -60,16 +59,7 @@ async def measure(url: str, rounds: int) -> None:
         for name, requests in LOADS.items():
             seconds, tokens = await run_load(url, texts, requests, 2)
             rates[name].append(tokens / seconds)
-    write(rates)
-
-
-def write(rates: dict[str, list[float]]) -> None:
-    rows = []
-    for name, values in rates.items():
-        median = statistics.median(values)
-        print(f"{name:<30} {median:8.0f} tokens/s  [{min(values):.0f}-{max(values):.0f}]")
-        rows.append([name, round(median), round(min(values)), round(max(values)), len(values)])
-    append("hybrid.csv", ["load", "tokens/s", "min", "max", "rounds"], rows)
+    append_rates("hybrid.csv", "tokens", rates)
 
 
 def main() -> None:

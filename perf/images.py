@@ -13,15 +13,13 @@ Rows go to perf/results/images.csv.
 import argparse
 import asyncio
 import base64
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import torch
-from recording import append
+from recording import append_rates
 
 from backends.device import compute_dtype
 from tests.support.multimodal import clip, encoded, picture
@@ -98,12 +96,7 @@ async def measure(url: str, rounds: int, checkpoint: Path | None) -> None:
             rates[name].append(await run_load(url, *load))
         if other is not None:
             rates.setdefault("transformers, 16 images", []).append(other())
-    rows: list[list[Any]] = []
-    for name, values in rates.items():
-        median = statistics.median(values)
-        print(f"{name:<32} {median:7.1f} items/s  [{min(values):.1f}-{max(values):.1f}]")
-        rows.append([name, round(median, 1), round(min(values), 1), round(max(values), 1), len(values)])
-    append("images.csv", ["load", "items/s", "min", "max", "rounds"], rows)
+    append_rates("images.csv", "items", rates, digits=1)
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
 import csv
 import datetime
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,13 @@ def append(name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> N
             writer.writerow(["date", "commit", *header])
         for row in rows:
             writer.writerow([datetime.date.today().isoformat(), commit, *row])
+
+
+def append_rates(name: str, unit: str, rates: Mapping[str, Sequence[float]], digits: int = 0) -> None:
+    """Prints and keeps the median and the spread of every load's rounds, in `unit` a second."""
+    rows = []
+    for load, values in rates.items():
+        middle, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
+        print(f"{load:<32} {middle:>8} {unit}/s  [{low}-{high}]")
+        rows.append([load, middle, low, high, len(values)])
+    append(name, ["load", f"{unit}/s", "min", "max", "rounds"], rows)
