@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from backends import chat_prompt
-from backends.families.base import ImageTokens
+from backends.families.base import ImageTokens, Vision
 from backends.image_processing import (
     GME_IMAGE_TOKENS,
     ImageProcessor,
@@ -80,3 +80,14 @@ def wrap(model: Any, checkpoint: Checkpoint) -> torch.nn.Module:
 
     frames = int(vision_config(checkpoint.config)["temporal_patch_size"])
     return VisionLanguage(model, value_table(processor_config(checkpoint)), frames)
+
+
+GME_VISION = Vision(
+    processor=gme_processor,
+    tokens=image_tokens,
+    wrap=wrap,
+    chat_prompt=chat_prompt.GME,
+    has_axes=True,
+    is_told=is_gme,
+)
+"""What Qwen2-VL and Qwen2.5-VL have in common; only some checkpoints of them are GME."""

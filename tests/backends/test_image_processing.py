@@ -3,7 +3,6 @@
 import contextlib
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -257,27 +256,33 @@ def test_transparency_of_large_pictures_is_that_of_transformers():
     np.testing.assert_array_equal(pixels(encoded(clear)), convert_to_rgb(clear, return_numpy=True))
 
 
-def test_threads_wait_for_each_other_s_pixels():
-    budget, most, running = PixelBudget(100), 0, 0
-    lock = threading.Lock()
+def test_pictures_that_fit_are_read_at_once():
+    budget, meeting = PixelBudget(100), threading.Barrier(2)
 
     def work(pixels):
-        nonlocal most, running
         with budget.take(pixels):
-            with lock:
-                running += pixels
-                most = max(most, running)
-            time.sleep(0.002)
-            with lock:
-                running -= pixels
+            meeting.wait(10)
 
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, [40, 30, 20, 50] * 10))
-    assert 50 < most <= 100
-    most = 0
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, [40, 500] * 5))
-    assert most == 500, "a larger picture is alone"
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, [40, 60]))
+
+
+@pytest.mark.parametrize(("held", "waiting"), [(60, 41), (1, 500), (500, 1)])
+def test_a_picture_over_the_budget_waits_and_others_pass_it(held, waiting):
+    budget, order = PixelBudget(100), []
+
+    def work(pixels, name):
+        with budget.take(pixels):
+            order.append(name)
+
+    with ThreadPoolExecutor(2) as pool:
+        with budget.take(held):
+            late = pool.submit(work, waiting, "late")
+            if held < 100:
+                pool.submit(work, 40, "small").result(10)
+            order.append("released")
+        late.result(10)
+    assert order == [*(["small"] if held < 100 else []), "released", "late"]
 
 
 def test_cmyk_and_exif():
