@@ -20,6 +20,7 @@ from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError
 from backends.families.base import Family
 from backends.forward import Forward, PackedForward, PaddedForward, Segments, register_attention
+from backends.fusion import fuse
 from backends.model_config import vision_config
 from backends.ragged import Ragged
 from backends.vision import Images, Sees, see
@@ -50,6 +51,7 @@ def choose_forward(
     packed = PackedForward(_load(load, packed_attention.NAME, name), family, config)
     fault = _packed_fault(packed)
     if fault is None:
+        _speed_up(packed, name, lambda: _load(load, packed_attention.NAME, name))
         if shares_prefixes:
             error = _check_sharing(packed)
             packed.shares_prefixes = error <= _tolerance(packed.model)
@@ -70,7 +72,37 @@ def choose_forward(
             f"{name} gives other numbers in a batch than alone, packed ({fault}) and padded (relative error "
             f"{error:.2g}): it cannot be served right"
         )
+    _speed_up(padded, name, lambda: _load(load, None, name))
     return padded
+
+
+def _speed_up(
+    forward: PackedForward | PaddedForward, name: str, reload: Callable[[], torch.nn.Module]
+) -> None:
+    """Fuses the model, if that changes no number beyond rounding."""
+    lengths = np.array(_CHECK_LENGTHS)
+    batch = Ragged(_check_ids(forward, int(lengths.sum())), lengths)
+    with torch.inference_mode():
+        before = forward(batch).float()
+        if not fuse(forward.model):
+            return
+        try:
+            error = _relative_error(forward(batch).float(), before)
+        except (RuntimeError, TypeError, AttributeError) as problem:
+            error = float("inf")
+            logger.warning("%s: %s", name, problem)
+    if not error <= _tolerance(forward.model):
+        logger.warning(
+            "%s gives other numbers with fused layers (relative error %.2g): they stay as they were, "
+            "which is slower",
+            name,
+            error,
+        )
+        forward.model = reload()
+
+
+def _relative_error(values: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values - expected) / torch.linalg.vector_norm(expected))
 
 
 def _load(load: Loader, attention: str | None, name: str) -> torch.nn.Module:
@@ -102,7 +134,7 @@ def _self_check(forward: PackedForward | PaddedForward) -> float:
     with torch.inference_mode():
         together = forward(batch).float()
         alone = torch.cat([forward(Ragged.pack([one])).float() for one in batch.split()])
-    return float(torch.linalg.vector_norm(together - alone) / torch.linalg.vector_norm(alone))
+    return _relative_error(together, alone)
 
 
 def _check_sharing(forward: PackedForward) -> float:
@@ -117,7 +149,7 @@ def _check_sharing(forward: PackedForward) -> float:
         together = forward(row, segments=segments).float()
         alone = [forward(Ragged.pack([one])).float() for one in (first, second)]
     whole = torch.cat([alone[0], alone[1][shared:]])
-    return float(torch.linalg.vector_norm(together - whole) / torch.linalg.vector_norm(whole))
+    return _relative_error(together, whole)
 
 
 def check_seeing(model: Sees, checkpoint: Checkpoint, *, is_item: bool) -> None:
@@ -136,9 +168,7 @@ def check_seeing(model: Sees, checkpoint: Checkpoint, *, is_item: bool) -> None:
     with torch.inference_mode():
         together = see(model, images, int(counts.sum()))
         apart = torch.cat([see(model, one, int(counts.sum())) for one in alone])
-    error = float(
-        torch.linalg.vector_norm((together - apart).float()) / torch.linalg.vector_norm(apart.float())
-    )
+    error = _relative_error(together.float(), apart.float())
     if not error <= _TOLERANCE[together.dtype]:
         raise CheckpointError(
             f"{checkpoint.path} sees an image differently beside others (relative error {error:.2g}): it "

@@ -1,0 +1,68 @@
+"""That fusing happens, and that it is undone where it would change numbers; that it changes none for any
+family is what test_families.py shows, whose models are all fused.
+"""
+
+import logging
+
+import pytest
+import torch
+
+from backends import fusion
+from backends.checkpoint import Checkpoint
+from backends.families import FAMILIES
+from kernels.packed_linear import PackedLinear
+from tests.support import checkpoints, families
+from tests.support.pipeline import load_forward
+
+
+def kinds(model, kind):
+    return [module for module in model.modules() if type(module) is kind]
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_product_of_every_family_is_packed(name, tmp_path):
+    forward = load_forward(Checkpoint.read(families.FAMILIES[name](tmp_path / name)))
+    assert kinds(forward.model, PackedLinear)
+    assert not kinds(forward.model, torch.nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "gated", "residual"),
+    [("bert", 9, 0, 6), ("distilbert", 9, 0, 0), ("qwen3", 9, 3, 0), ("gte", 9, 3, 0), ("mpnet", 9, 0, 3)],
+)
+def test_finds_layers_by_how_they_are_put_together(name, parts, gated, residual, tmp_path):
+    """The tiny models have three layers."""
+    model = load_forward(Checkpoint.read(families.FAMILIES[name](tmp_path / name))).model
+    assert len(kinds(model, fusion._Part)) == parts
+    assert len(kinds(model, fusion._Gated)) == gated
+    assert len(kinds(model, fusion._Residual)) == residual
+
+
+def test_parts_of_one_product_belong_to_their_own_input():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, size).requires_grad_(False) for size in (8, 4, 4)]
+    joint = fusion._Joint(PackedLinear(layers, keeps_plain=False), [8, 4, 4])
+    first, second = torch.randn(3, 8), torch.randn(3, 8)
+    # Two inputs in turn, as in cross-attention.
+    got = [joint.part(i, x) for i, x in ((0, first), (1, second), (2, second))]
+    expected = [layers[0](first), layers[1](second), layers[2](second)]
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
+    assert joint.input is None
+
+
+def test_a_model_that_means_something_else_by_these_names_stays_as_it_is(tmp_path, monkeypatch, caplog):
+    checkpoint = Checkpoint.read(checkpoints.bert(tmp_path / "m"))
+    ids = torch.arange(5, 14)[None]
+
+    def wrong(self, hidden_states, input_tensor):
+        return self.LayerNorm(self.dense(hidden_states, residual=-input_tensor))
+
+    plain = load_forward(checkpoint).model(ids, sequence_lengths=[9]).last_hidden_state
+    monkeypatch.setattr(fusion._Residual, "forward", wrong)
+    with caplog.at_level(logging.WARNING), torch.inference_mode():
+        forward = load_forward(checkpoint)
+        kept = forward.model(ids, sequence_lengths=[9]).last_hidden_state
+    assert "other numbers with fused layers" in caplog.text
+    assert not kinds(forward.model, PackedLinear)
+    torch.testing.assert_close(kept, plain, atol=1e-5, rtol=1e-5)
