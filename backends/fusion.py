@@ -7,6 +7,7 @@ result with the model as it was: a family that does otherwise than its layers' n
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,23 +28,27 @@ _SIBLINGS = (
 _MOST_KEPT_BYTES = 2**30
 
 
-class _Joint:
-    """One product for several layers over the same input; each layer takes its part of it."""
+class _Joint(threading.local):
+    """One product for several layers over the same input; each layer takes its part of it.
+
+    What it remembers belongs to one thread: the model runs in several at once.
+    """
+
+    input: torch.Tensor | None = None
+    parts: Sequence[torch.Tensor] = ()
 
     def __init__(self, layer: Callable[[torch.Tensor], torch.Tensor], sizes: Sequence[int]) -> None:
         self.layer = layer
         self.sizes = list(sizes)
-        self.input: torch.Tensor | None = None
-        self.parts: list[torch.Tensor] = []
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Computes all parts at the first call for an input, and forgets them after the last."""
         if x is not self.input:
-            self.parts = list(torch.split(self.layer(x), self.sizes, dim=-1))
+            self.parts = torch.split(self.layer(x), self.sizes, dim=-1)
             self.input = x
         part = self.parts[index]
         if index == len(self.sizes) - 1:
-            self.input, self.parts = None, []
+            self.input, self.parts = None, ()
         return part
 
 

@@ -89,7 +89,7 @@ class StageRequest:
         return torch.utils.dlpack.from_dlpack(self._input(name).to_dlpack())
 
     def send(self, response: Any) -> None:
-        """Answers this request before the others of its batch."""
+        """Answers this request, before the others of its batch or after execute() has returned."""
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         self._request.get_response_sender().send(response, flags=flags)
 
@@ -177,6 +177,11 @@ class Stage(ABC):
             return RequestError(
                 ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why"
             )
+
+
+def respond(request: StageRequest, answer: Answer | RequestError) -> None:
+    """Answers a request of which execute() returned None."""
+    request.send(_response(request, answer))
 
 
 def _response(request: StageRequest, answer: Answer | RequestError) -> Any:

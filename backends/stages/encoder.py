@@ -1,5 +1,5 @@
-"""The encoder stage: input_ids [1, t], length [1, n] -> hidden [1, t, h], all requests of a batch in packed
-passes; last_hidden [1, n, h] instead where the pipeline's heads read one token of each text only.
+"""The encoder stage: input_ids [1, t], length [1, n] -> hidden [1, t, h], texts of all requests that wait in
+packed passes; last_hidden [1, n, h] instead where the pipeline's heads read one token of each text only.
 
 With key_length [1, n] where some tokens of a sequence are not to be looked at, and first_length [1, n] where
 pairs are told apart.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,41 +24,68 @@ from backends.contract import (
     LAST_HIDDEN,
     LENGTH,
     PATCHES,
+    ErrorCode,
 )
 from backends.device import TORCH_DTYPES, compute_dtype, place
 from backends.encode import encode
 from backends.encode_images import ImageEncoder, choose_image_encoder
+from backends.errors import RequestError
 from backends.families import family_of
 from backends.forward import Forward
-from backends.grouping import neighbours
 from backends.heads import encoder_inputs, only_row
 from backends.last_token import token_rows
 from backends.options import WIRE_DTYPES
-from backends.ragged import Lengths, Ragged
+from backends.ragged import Lengths, Ragged, positions
 from backends.self_check import choose_forward
-from backends.stages.base import Answer, Stage, StageContext, StageRequest
+from backends.stages.base import Answer, StageContext, StageRequest
+from backends.stages.continuous import ContinuousStage, Work
+from backends.turns import Job, Piece, Places, Turns
 from backends.vision import Images
 
-# What the activations of one pass may take on a CPU, where larger passes are slower: all-MiniLM-L6-v2 runs
-# 27 000 tokens/s in passes of 16 384 tokens, 37 000 in passes of 5461 (2 cores). A token takes about 32
-# numbers for each component of its state.
-_CPU_PASS_BYTES = 2**27
+# What the activations of one pass may take on a CPU, where larger passes are slower and short requests wait
+# for them: all-MiniLM-L6-v2 in float32 runs 5 700 tokens/s in passes of 1024 tokens, 5 900 in passes of 2048,
+# 5 500 in passes of 5461 (2 cores, AVX2).
+_CPU_PASS_BYTES = 2**26 + 2**25
 _NUMBERS_PER_COMPONENT = 32
 _LEAST_CPU_TOKENS = 1024
-# Hidden states of so many forward passes are kept at once. More would let more sequences share a pass, fewer
-# would leave passes half full at the end of each group.
-_PASSES_IN_MEMORY = 4
+# Passes that run side by side on a CPU, each on part of the cores: 6 850 tokens/s in two passes of one core
+# each, 5 960 in one pass on both. With more of them Python itself becomes the limit.
+_MOST_WORKERS = 4
+# Of texts that begin alike a turn may hold so many passes: what is shared is computed once in each.
+_SHARING_PASSES = 4
 
 logger = logging.getLogger(__name__)
 
 
-class EncoderStage(Stage):
-    """Runs the family's model on the tokens of all requests at once."""
+@dataclass
+class _Work(Work):
+    """The inputs of one request, and the states that are done so far."""
+
+    ids: torch.Tensor
+    """int64 [t]."""
+    offsets: Lengths
+    """[n + 1]: where each text begins."""
+    keys: Lengths | None
+    firsts: Lengths | None
+    missing: int
+    """Texts without which the answer is not whole."""
+    hidden: torch.Tensor | None = None
+    """[t, h], or [n, h] where one token of each text is read; None where nothing was done yet."""
+
+    def tokens(self, places: Places) -> Lengths:
+        """[u]: where the tokens of some of the texts are."""
+        lengths = (self.offsets[1:] - self.offsets[:-1])[places]
+        return np.repeat(self.offsets[places], lengths) + positions(lengths)
+
+
+class EncoderStage(ContinuousStage[_Work]):
+    """Runs the family's model on sequences of all requests that wait."""
 
     def setup(self, context: StageContext) -> None:
         options = context.options
+        self.threads = options.threads or len(os.sched_getaffinity(0))
         # Set before the first operation: the thread pool keeps the size that it was born with.
-        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(self.threads)
         self.device = place(context.device)
         dtype = compute_dtype(options.dtype, self.device)
         family = family_of(context.checkpoint, options.model_type)
@@ -92,6 +120,10 @@ class EncoderStage(Stage):
             self.images = choose_image_encoder(
                 self.forward, family.vision, context.checkpoint, options, self.max_batch_tokens
             )
+        if self.device.type == "cpu":
+            self.workers = min(self.threads, _MOST_WORKERS)
+        factor = _SHARING_PASSES if self.forward.shares_prefixes else 1
+        self.turns = Turns(factor * self.max_batch_tokens, is_whole=self.images is not None)
         logger.info(
             "%s on %s in %s, %s, %d threads",
             family.name,
@@ -103,32 +135,67 @@ class EncoderStage(Stage):
         if causality is not None:
             logger.info("%s: %s", "causal" if causality.is_causal else "bidirectional", causality.reason)
 
-    def cut(self, batch: Sequence[StageRequest]) -> list[range]:
-        """Groups of requests with hidden states of a few passes: a batch holds any number of long lists."""
-        return neighbours(map(self._size, batch), _PASSES_IN_MEMORY * self.max_batch_tokens)
+    def prepare(self, worker: int, *, is_alone: bool) -> None:
+        # torch keeps this number for each thread.
+        torch.set_num_threads(self.threads if worker == 0 and is_alone else self.threads // self.workers)
 
-    def _size(self, request: StageRequest) -> int:
-        """Tokens and patches."""
-        names = (INPUT_IDS,) if self.images is None else (INPUT_IDS, PATCHES)
-        return sum(request.array(name).shape[1] for name in names)
+    def admit(self, request: StageRequest) -> Job[_Work]:
+        lengths: Lengths = request.array(LENGTH)[0].astype(np.int64)
+        ids = request.array(INPUT_IDS)[0]
+        if not len(lengths) or lengths.min() < 0 or int(lengths.sum()) != len(ids):
+            raise RequestError(
+                ErrorCode.INVALID_INPUT,
+                f"{LENGTH} tells of {int(lengths.sum())} tokens in {len(lengths)} texts, but {INPUT_IDS} "
+                f"holds {len(ids)}; give each text's number of tokens, and their ids end to end",
+            )
+        work = _Work(
+            request,
+            torch.from_numpy(ids.astype(np.int64)),
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            request.array(KEY_LENGTH)[0].astype(np.int64) if self.has_key_length else None,
+            request.array(FIRST_LENGTH)[0].astype(np.int64) if self.has_first_length else None,
+            missing=len(lengths),
+        )
+        if self.images is not None:
+            # Patches weigh as much as tokens; a request with images is computed as a whole.
+            lengths = np.append(lengths[:-1], lengths[-1] + request.array(PATCHES).shape[1])
+        return Job(work, lengths)
 
-    def run(self, batch: Sequence[StageRequest]) -> list[Answer]:
-        ids = np.concatenate([request.array(INPUT_IDS)[0] for request in batch])
-        lengths = [request.array(LENGTH)[0] for request in batch]
-        tokens = Ragged(torch.from_numpy(ids.astype(np.int64)), np.concatenate(lengths).astype(np.int64))
-        keys = _row(batch, KEY_LENGTH) if self.has_key_length else None
-        firsts = _row(batch, FIRST_LENGTH) if self.has_first_length else None
+    def compute(self, pieces: Sequence[Piece[_Work]]) -> list[torch.Tensor]:
+        """Hidden states [t, h] of each piece, or [n, h] where one token of each text is read."""
+        works = [piece.job.content for piece in pieces]
+        ids = [
+            work.ids[torch.from_numpy(work.tokens(p.places))] for work, p in zip(works, pieces, strict=True)
+        ]
+        lengths = [np.diff(work.offsets)[p.places] for work, p in zip(works, pieces, strict=True)]
+        tokens = Ragged(torch.cat(ids), np.concatenate(lengths))
         rows = None if self.row is None else token_rows(self.row, tokens, self.checkpoint)
         with torch.inference_mode():
             if self.images is not None:
-                hidden = self.images(tokens, _images(batch), self.wire_dtype, rows)
+                images = _images([work.request for work in works])
+                hidden = self.images(tokens, images, self.wire_dtype, rows)
             else:
+                keys = _of_texts([work.keys for work in works], pieces)
+                firsts = _of_texts([work.firsts for work in works], pieces)
                 hidden = encode(
                     self.forward, tokens, self.max_batch_tokens, self.wire_dtype, keys, firsts, rows
                 )
         sizes = [int(one.sum()) if rows is None else len(one) for one in lengths]
-        name = HIDDEN if rows is None else LAST_HIDDEN
-        return [{name: part[None]} for part in torch.split(hidden, sizes)]
+        return list(torch.split(hidden, sizes))
+
+    def keep(self, piece: Piece[_Work], result: torch.Tensor) -> Answer | None:
+        work = piece.job.content
+        name = HIDDEN if self.row is None else LAST_HIDDEN
+        count = len(work.offsets) - 1
+        if len(piece.places) == count:
+            return {name: result[None]}
+        if work.hidden is None:
+            size = len(work.ids) if self.row is None else count
+            work.hidden = result.new_empty((size, result.shape[1]))
+        rows = work.tokens(piece.places) if self.row is None else piece.places
+        work.hidden.index_copy_(0, torch.from_numpy(rows).to(result.device), result)
+        work.missing -= len(piece.places)
+        return {name: work.hidden[None]} if work.missing == 0 else None
 
 
 def _way(forward: Forward) -> str:
@@ -145,7 +212,7 @@ def _images(batch: Sequence[StageRequest]) -> Images:
     return Images(torch.from_numpy(patches), grids)
 
 
-def _row(batch: Sequence[StageRequest], name: str) -> Lengths:
-    """A [1, n] input of all requests, [n]."""
-    row: Lengths = np.concatenate([request.array(name)[0] for request in batch]).astype(np.int64)
-    return row
+def _of_texts(rows: Sequence[Lengths | None], pieces: Sequence[Piece[_Work]]) -> Lengths | None:
+    """A number of each text of the pieces; None where the pipeline has none."""
+    parts = [row[p.places] for row, p in zip(rows, pieces, strict=True) if row is not None]
+    return np.concatenate(parts) if parts else None

@@ -8,7 +8,7 @@ from backends.stages.image import ImageStage
 from backends.stages.tokenizer import TokenizerStage
 from tests.backends.test_stages import start
 from tests.support import checkpoints, multimodal
-from tests.support.fake_pb_utils import Request, TritonModelException
+from tests.support.fake_pb_utils import Request, TritonModelException, answers
 from tests.support.multimodal import encoded, picture
 
 SMALL, LARGE = encoded(picture(20, 20)), encoded(picture(90, 200), "JPEG")
@@ -142,8 +142,8 @@ def test_the_encoder_takes_texts_and_images_of_one_batch(gme):
         inputs = {name: answer.value(name) for name in ("input_ids", "length", "grid")}
         inputs["patches"] = answer.value("patches") if own is None else own
         requests.append(Request(inputs))
-    together = encoder.execute(requests)
-    alone = [encoder.execute([request])[0] for request in requests]
+    together = answers(encoder, requests)
+    alone = [answers(encoder, [request])[0] for request in requests]
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_allclose(one.value("last_hidden"), other.value("last_hidden"), atol=1e-5)
     assert together[2].value("last_hidden").shape == (1, 2, 32)

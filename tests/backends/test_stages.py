@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from backends.stages.head import HeadStage
 from backends.stages.tokenizer import TokenizerStage
 from tests.support import decoders
 from tests.support.checkpoints import bert, classifier, sentence_transformer
-from tests.support.fake_pb_utils import Request, TritonModelException
+from tests.support.fake_pb_utils import Request, TritonModelException, answers
 
 PROMPTS = {"prompts": {"query": "query: "}}
 
@@ -108,8 +109,8 @@ def test_an_encoder_sends_only_the_tokens_that_its_heads_read(tmp_path):
     last = start(EncoderStage(), path, dtype="float32", heads="dense")
     rows = [np.arange(5, 5 + n) for n in (4, 9, 2)]
     requests = [encoded(None, rows[0], rows[1]), encoded(None, rows[2])]
-    hidden = [np.asarray(answer.value("hidden"))[0] for answer in whole.execute(requests)]
-    short = [np.asarray(answer.value("last_hidden"))[0] for answer in last.execute(requests)]
+    hidden = [np.asarray(answer.value("hidden"))[0] for answer in answers(whole, requests)]
+    short = [np.asarray(answer.value("last_hidden"))[0] for answer in answers(last, requests)]
     np.testing.assert_allclose(short[0], hidden[0][[3, 12]], atol=1e-6)
     np.testing.assert_allclose(short[1], hidden[1][[1]], atol=1e-6)
     plain = start(HeadStage(), path, dtype="float32", head="dense")
@@ -136,8 +137,8 @@ def encoded(stage, *rows):
 def test_encoder_gives_each_request_its_own_hidden_states(path, dtype, wire):
     stage = start(EncoderStage(), path, dtype=dtype, threads="1")
     rows = [np.arange(5, 5 + n) for n in (4, 9, 2)]
-    together = stage.execute([encoded(stage, rows[0], rows[1]), encoded(stage, rows[2])])
-    alone = [stage.execute([encoded(stage, row)])[0] for row in rows]
+    together = answers(stage, [encoded(stage, rows[0], rows[1]), encoded(stage, rows[2])])
+    alone = [answers(stage, [encoded(stage, row)])[0] for row in rows]
 
     def hidden(answer):
         return torch.as_tensor(answer.value("hidden")).float()
@@ -154,19 +155,87 @@ def test_encoder_gives_each_request_its_own_hidden_states(path, dtype, wire):
     torch.testing.assert_close(hidden(together[1]), hidden(alone[2]), atol=tolerance, rtol=tolerance)
 
 
-def test_encoder_answers_a_batch_over_its_memory_in_parts(path):
-    stage = start(EncoderStage(), path, dtype="float32", max_batch_tokens="5", threads="1")
+def test_a_request_of_many_texts_takes_several_turns(path):
+    stage = start(EncoderStage(), path, dtype="float32", max_batch_tokens="12", threads="1")
     assert torch.get_num_threads() == 1
-    rows = [np.arange(5, 5 + n) for n in (9, 8, 4, 21, 3)]
-    requests = [encoded(stage, row) for row in rows]
-    responses = stage.execute(requests)
-    # At most 20 tokens at once, one longer request alone: (9, 8), (4), (21), (3).
-    assert [len(request.sent) for request in requests] == [1, 1, 1, 1, 0]
-    assert [response is None for response in responses] == [True, True, True, True, False]
-    answers = [request.sent[0] for request in requests[:4]] + responses[4:]
-    for row, answer in zip(rows, answers, strict=True):
-        (alone,) = stage.execute([encoded(stage, row)])
-        np.testing.assert_allclose(answer.value("hidden"), alone.value("hidden"), atol=1e-5)
+    lengths = [9, 8, 4, 21, 3, 4, 1]
+    rows = [np.arange(5, 5 + n) for n in lengths]
+    turns = []
+    compute = stage.compute
+
+    def watched(pieces):
+        turns.append([int(piece.job.lengths[piece.places].sum()) for piece in pieces])
+        return compute(pieces)
+
+    stage.compute = watched
+    (whole,) = answers(stage, [encoded(stage, *rows)])
+    assert turns == [[21], [9], [12], [8]], "at most 12 tokens a turn, or one longer text"
+    alone = [answers(stage, [encoded(stage, row)])[0].value("hidden")[0] for row in rows]
+    np.testing.assert_allclose(whole.value("hidden")[0], np.concatenate(alone), atol=1e-5)
+
+
+def test_a_short_request_does_not_wait_for_a_long_one(path):
+    stage = start(EncoderStage(), path, dtype="float32", max_batch_tokens="10", threads="1")
+    order, entered, may_go = [], threading.Event(), threading.Event()
+    compute = stage.compute
+
+    def held(pieces):
+        entered.set()
+        assert may_go.wait(60)
+        order.extend("short" if len(piece.job.lengths) == 1 else "long" for piece in pieces)
+        return compute(pieces)
+
+    stage.compute = held
+    long, short = encoded(stage, *[np.arange(5, 13)] * 20), encoded(stage, np.arange(5, 8))
+    assert stage.execute([long]) == [None]
+    assert entered.wait(60)
+    assert stage.execute([short]) == [None]
+    may_go.set()
+    assert short.is_sent.wait(60)
+    assert long.is_sent.wait(60)
+    assert "short" in order[:3], "it runs after the turn in which it came, and at most one more"
+    assert order.count("long") == 20
+
+
+def test_a_turn_that_fails_is_computed_request_by_request(path, caplog):
+    stage = start(EncoderStage(), path, dtype="float32", threads="1")
+    good, bad, after = (encoded(stage, np.arange(5, 5 + n)) for n in (4, 3, 2))
+    compute = stage.compute
+
+    def fragile(pieces):
+        if any(3 in piece.job.lengths for piece in pieces):
+            raise ZeroDivisionError("secret detail")
+        return compute(pieces)
+
+    stage.compute = fragile
+    with caplog.at_level(logging.ERROR):
+        fine, failed, second = answers(stage, [good, bad, after])
+    assert failed.error.message.startswith("internal: the model failed on this request")
+    assert "secret" not in failed.error.message
+    assert "ZeroDivisionError: secret detail" in caplog.text
+    for answer, request in ((fine, good), (second, after)):
+        np.testing.assert_allclose(
+            answer.value("hidden"), answers(stage, [request])[0].value("hidden"), atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("lengths", [[], [3], [9, -5]])
+def test_lengths_that_do_not_fit_the_tokens_are_refused(path, lengths):
+    stage = start(EncoderStage(), path, dtype="float32", threads="1")
+    wrong = encoded(stage, np.arange(5, 9))
+    wrong.inputs["length"] = np.array([lengths], np.int32)
+    refused, fine = answers(stage, [wrong, encoded(stage, np.arange(5, 9))])
+    assert refused.error.message.startswith("invalid_input: length tells of")
+    assert fine.error is None
+
+
+def test_what_was_taken_in_is_answered_before_the_stage_ends(path):
+    stage = start(EncoderStage(), path, dtype="float32", max_batch_tokens="10", threads="1")
+    requests = [encoded(stage, *[np.arange(5, 13)] * 5) for _ in range(4)]
+    stage.execute(requests)
+    stage.finalize()
+    assert all(request.is_sent.is_set() for request in requests)
+    assert not any(thread.is_alive() for thread in stage._threads)
 
 
 def test_head_groups_by_parameters_and_keeps_order(path):

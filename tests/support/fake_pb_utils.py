@@ -4,6 +4,7 @@ The real one runs in tests/server.
 """
 
 import json
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,7 @@ class Request:
     )
 
     sent: list["InferenceResponse"] = field(default_factory=list)
+    is_sent: threading.Event = field(default_factory=threading.Event)
 
     def get_response_sender(self) -> "Request":
         return self
@@ -77,6 +79,7 @@ class Request:
     def send(self, response: InferenceResponse, flags: int) -> None:
         assert flags == TRITONSERVER_RESPONSE_COMPLETE_FINAL
         self.sent.append(response)
+        self.is_sent.set()
 
     def parameters(self) -> str:
         return json.dumps(self.given)
@@ -87,3 +90,19 @@ class Request:
 
 def get_input_tensor_by_name(request: Request, name: str) -> Tensor | None:
     return Tensor(name, request.inputs[name]) if name in request.inputs else None
+
+
+def answers(stage: Any, requests: list[Request]) -> list["InferenceResponse"]:
+    """What a stage answers to a batch of requests, at once or later."""
+    found = []
+    for request in requests:
+        request.sent.clear()
+        request.is_sent.clear()
+    for request, returned in zip(requests, stage.execute(requests), strict=True):
+        if returned is None:
+            assert request.is_sent.wait(60), "a request was not answered"
+            (returned,) = request.sent
+        else:
+            assert not request.sent, "a request was answered twice"
+        found.append(returned)
+    return found

@@ -1,0 +1,173 @@
+"""A stage that computes without end while the server hands it more: requests that come in during one turn
+share the next, and a short one does not wait until a long one is done.
+
+execute() only takes requests in and returns at once; threads of its own compute, and answer each request
+when its last sequence is done (server 2.51 lets a model that is not decoupled answer later, also within an
+ensemble).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from backends.contract import ErrorCode
+from backends.errors import RequestError
+from backends.stages.base import Answer, Stage, StageRequest, respond
+from backends.turns import Job, Piece, Turns
+
+logger = logging.getLogger(__name__)
+
+# A request that is still computed when the server unloads the model keeps it from ending so long at most.
+_LAST_WORDS_S = 60.0
+
+
+@dataclass
+class Work:
+    """A request that was taken in. Subclasses hold its inputs, and what is done so far."""
+
+    request: StageRequest
+    is_answered: bool = field(default=False, init=False)
+
+
+W = TypeVar("W", bound=Work)
+
+
+class ContinuousStage(Stage, Generic[W]):
+    """Subclasses say how many tokens the sequences of a request have, and compute some of them."""
+
+    turns: Turns[W]
+    """Set by setup()."""
+    workers = 1
+    """Threads that compute; setup() may set it."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        self._news = threading.Condition()
+        self._results = threading.Lock()
+        self._is_over = False
+        self._busy: set[int] = set()
+        is_ready: Future[None] = Future()
+        # The model is loaded by the thread that computes. If another ran parallel loops too, libgomp would
+        # count more threads than processors; then none of them waits actively, and short loops take twice as
+        # long.
+        first = threading.Thread(target=self._load_and_work, args=(args, is_ready), daemon=True)
+        first.start()
+        is_ready.result()
+        others = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(1, self.workers)]
+        for thread in others:
+            thread.start()
+        self._threads = [first, *others]
+
+    @abstractmethod
+    def admit(self, request: StageRequest) -> Job[W]:
+        """Reads a request of at least one sequence. Raises RequestError for one that cannot be computed."""
+
+    @abstractmethod
+    def compute(self, pieces: Sequence[Piece[W]]) -> Sequence[Any]:
+        """What came out for each piece."""
+
+    @abstractmethod
+    def keep(self, piece: Piece[W], result: Any) -> Answer | None:
+        """Puts a result to those of the same request before it; the answer when it was the last."""
+
+    def prepare(self, worker: int, *, is_alone: bool) -> None:
+        """Called by a thread before it computes; `is_alone` where no other does, and nothing waits."""
+
+    def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
+        raise NotImplementedError("requests are taken in and answered later")
+
+    def execute(self, requests: Sequence[Any]) -> list[None]:
+        """Called by the server with the requests of one batch, which are answered later."""
+        for one in requests:
+            request = StageRequest(one)
+            try:
+                job = self.admit(request)
+            except RequestError as error:
+                respond(request, error)
+                continue
+            with self._news:
+                self.turns.add(job)
+                self._news.notify_all()
+        return [None] * len(requests)
+
+    def finalize(self) -> None:
+        """Called by the server before it ends the process: what was taken in is answered."""
+        with self._news:
+            self._is_over = True
+            self._news.notify_all()
+        for thread in self._threads:
+            thread.join(_LAST_WORDS_S)
+
+    def _load_and_work(self, args: Mapping[str, str], is_ready: Future[None]) -> None:
+        try:
+            super().initialize(args)
+        except BaseException as error:
+            is_ready.set_exception(error)
+            return
+        is_ready.set_result(None)
+        self._work(0)
+
+    def _work(self, worker: int) -> None:
+        while pieces := self._next(worker):
+            try:
+                self._answer(pieces, self.compute(pieces))
+            except Exception:
+                logger.exception("a turn of %d requests failed; computing them one by one", len(pieces))
+                for piece in pieces:
+                    self._compute_alone(piece.job)
+            # Inputs live in the server's shared memory until nobody holds them.
+            del pieces
+
+    def _next(self, worker: int) -> list[Piece[W]]:
+        """Waits for a turn; empty when all is over. The first worker has precedence: it may use all cores."""
+        with self._news:
+            self._busy.discard(worker)
+            self._news.wait_for(
+                lambda: self._is_over or (len(self.turns) and (worker == 0 or 0 in self._busy))
+            )
+            pieces = self.turns.take()
+            is_alone = not self._busy and not len(self.turns)
+            self._busy.add(worker)
+            self._news.notify_all()
+        if pieces:
+            self.prepare(worker, is_alone=is_alone)
+        return pieces
+
+    def _answer(self, pieces: Sequence[Piece[W]], results: Sequence[Any]) -> None:
+        for piece, result in zip(pieces, results, strict=True):
+            with self._results:
+                answer = self.keep(piece, result)
+            if answer is not None:
+                self._respond(piece.job.content, answer)
+
+    def _respond(self, work: W, answer: Answer | RequestError) -> None:
+        with self._results:
+            is_late, work.is_answered = work.is_answered, True
+        if not is_late:
+            respond(work.request, answer)
+
+    def _compute_alone(self, job: Job[W]) -> None:
+        """All of a request at once, whatever was done of it."""
+        with self._news:
+            self.turns.drop([job])
+        whole = Piece(job, np.arange(len(job.lengths)))
+        answer: Answer | RequestError | None
+        try:
+            (result,) = self.compute([whole])
+            answer = self.keep(whole, result)
+            assert answer is not None
+        except RequestError as error:
+            answer = error
+        except Exception:
+            logger.exception("a request failed")
+            answer = RequestError(
+                ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why"
+            )
+        self._respond(job.content, answer)
