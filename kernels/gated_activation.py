@@ -138,11 +138,11 @@ def _check(x: torch.Tensor, activation: str) -> None:
 
 def activate_reference(x: torch.Tensor, activation: str) -> torch.Tensor:
     """Of any shape."""
-    functional = torch.nn.functional
-    if activation == "gelu_tanh":
-        return functional.gelu(x, approximate="tanh")
-    named = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
-    return named[activation](x)
+    if activation == "silu":
+        return torch.nn.functional.silu(x)
+    if activation == "relu":
+        return torch.relu(x)
+    return torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def gated_activation_reference(

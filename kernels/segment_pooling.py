@@ -8,6 +8,7 @@ written but the answer. Unit length needs all components, so it is a second, sma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import no_type_check
 
@@ -151,4 +152,4 @@ def _pool_one(whole: torch.Tensor, skipped: int, mode: str) -> torch.Tensor:
     if mode == "weightedmean":
         weights = torch.arange(skipped + 1, len(whole) + 1, device=whole.device, dtype=whole.dtype)[:, None]
         return (rest * weights).sum(0) / weights.sum()
-    return rest.sum(0) / len(rest) ** (0.5 if mode == "mean_sqrt_len_tokens" else 1)
+    return rest.sum(0) / (math.sqrt(len(rest)) if mode == "mean_sqrt_len_tokens" else len(rest))
