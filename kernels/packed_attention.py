@@ -9,6 +9,8 @@ backends.ragged.cut_by_budget orders them, this is the fast path of a CPU, with 
 
 A sequence may go on from others in the row: then its tokens look at those as well, and lie behind them.
 
+On a GPU one kernel does all sequences at once (kernels/varlen_attention.py).
+
 *Source:* transformers 5.23 masking_utils.py and modeling_utils.py for the contract; a sliding window is an
 exclusive bound there in every family.
 """
@@ -70,6 +72,22 @@ def packed_attention(
         on_attention()
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda:
+        # Triton is not imported where there is no use for it.
+        from kernels import varlen_attention
+
+        if varlen_attention.takes(query, key, value):
+            plan = varlen_attention.last_plan.get(
+                (sequence_lengths, key_lengths, prefixes),
+                device=query.device,
+                causal=causal,
+                max_block=varlen_attention.largest_block(query.shape[-1], query.dtype),
+            )
+            # [1, H, t, D] -> [t, H, D], views
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+            return varlen_attention.varlen_attention(
+                q, k, v, plan, scaling=scaling, causal=causal, window=sliding_window, softcap=softcap
+            )[None], None
     output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
     for start, count, length, key_length, prefix in _runs(sequence_lengths, key_lengths, prefixes):
         stop = start + count * length

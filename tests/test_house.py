@@ -217,6 +217,7 @@ def test_every_import_is_declared():
         "PIL" if "pillow" in declared else "",
         "grpc",
         "starlette",
+        "triton",  # of a CUDA torch; a CPU has no use for it
     } | declared
     own = {"backends", "gateway", "kernels", "triton_embeddings", "triton_python_backend_utils"}
     used = {name.split(".")[0] for file in SOURCES for name in imports(file)}
