@@ -2,11 +2,12 @@
 
     .venv-test/bin/python perf/length.py
 
-The encoder in process, random weights (--layers of --hidden, BERT's architecture), 8192 tokens a pass: texts of
-one length from 16 to 8192 tokens, then mixes of the same number of tokens: all of 128, lengths spread evenly
-from 8 to 512, and 15 short ones for each long one. Beside it transformers' own attention (sdpa) on padded
-batches: `padded, sorted` cuts them by length first, as the best padding servers do; `padded, as they come` does
-not. Tokens are those of the texts, never padding. Rows go to perf/results/length.csv.
+The encoder in process, random weights (--layers of --hidden, BERT's architecture), 8192 tokens a pass:
+texts of one length from 16 to 8192 tokens, then mixes of the same number of tokens: all of 128, lengths
+spread evenly from 8 to 512, and 15 short ones for each long one. Beside it transformers' own attention
+(sdpa) on padded batches: `padded, sorted` cuts them by length first, as the best padding servers do;
+`padded, as they come` does not. Tokens are those of the texts, never padding. Rows go to
+perf/results/length.csv.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import shape
 import torch
 from recording import append, in_turn, spread
 
-from backends.forward import PaddedForward
 from backends.ragged import Ragged
 
 LENGTHS = (16, 64, 256, 1024, 4096, 8192)
@@ -38,12 +38,12 @@ def mixes(tokens: int) -> dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]]:
     }
 
 
-def as_they_come(forward: PaddedForward, batch: Ragged, size: int = 16) -> None:
+def as_they_come(padded: model.Encoder, batch: Ragged, size: int = 16) -> None:
     """Batches of `size` texts, each padded to its longest."""
     rows = batch.split()
     with torch.inference_mode():
         for start in range(0, len(rows), size):
-            forward(Ragged.pack(rows[start : start + size]))
+            padded.forward(Ragged.pack(rows[start : start + size]))
 
 
 def main() -> None:
@@ -72,14 +72,12 @@ def measure(given: argparse.Namespace, cases: dict[str, np.ndarray[tuple[int], n
     rows = []
     for case, lengths in cases.items():
         batch = shape.batch_of(lengths)
-        plain = padded.forward
-        assert isinstance(plain, PaddedForward)
         ways: dict[str, Callable[[], object]] = {
             "packed": lambda batch=batch: packed.hidden(batch),  # type: ignore[misc]
             "padded, sorted": lambda batch=batch: padded.hidden(batch),  # type: ignore[misc]
         }
         if len(set(lengths)) > 1:
-            ways["padded, as they come"] = lambda batch=batch: as_they_come(plain, batch)  # type: ignore[misc]
+            ways["padded, as they come"] = lambda batch=batch: as_they_come(padded, batch)  # type: ignore[misc]
         timed = {name: _per_token(run, len(batch.values)) for name, run in ways.items()}
         for name, values in in_turn(timed, given.rounds).items():
             rows.append([case, name, len(lengths), len(batch.values), *spread(values, 1), len(values)])

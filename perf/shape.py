@@ -99,8 +99,8 @@ def make(name: str, how: Callable[..., Path], **sizes: Any) -> Path:
     path = CACHE / name.replace(" ", "-")
     if not (path / "made").exists():
         print(f"making {name} in {path}")
-        # Weights as transformers initialises them, in bfloat16: their values do not matter here, and 8 billion
-        # of float32 do not fit into most machines.
+        # Weights as transformers initialises them, in bfloat16: their values do not matter here, and 8
+        # billion of float32 do not fit into most machines.
         randomize, dtype = checkpoints.randomize, torch.get_default_dtype()
         checkpoints.randomize = lambda network, seed=0: network.eval()
         torch.set_default_dtype(torch.bfloat16)
