@@ -48,8 +48,9 @@ async def _run(url: str, items: Sequence[Any], load: Load, body: dict[str, Any],
             batch = [items[(start + k) % len(items)] for k in range(load.size)]
             began = time.perf_counter()
             async with session.post(url, json={**body, field: batch}) as answer:
-                answer.raise_for_status()
-                await answer.read()
+                content = await answer.read()
+                if answer.status != 200:
+                    raise SystemExit(f"error: {url} answered {answer.status}: {content[:500]!r}")
             latencies.append(time.perf_counter() - began)
 
     limits = aiohttp.TCPConnector(limit=0)
