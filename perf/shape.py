@@ -59,6 +59,7 @@ SHAPES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "tiny-bert": (encoder, {**bert_sizes(128, 2), "max_length": 512}),
     "tiny-qwen3": (decoder, {"hidden_size": 64, "num_hidden_layers": 2}),
     "tiny-m3": (bge_m3, {**bert_sizes(128, 2), "max_length": 8192}),
+    "small-m3": (bge_m3, {**bert_sizes(384, 6), "max_length": 8192}),
     "tiny-reranker": (reranker, bert_sizes(128, 2)),
     "bge-base": (encoder, {**bert_sizes(768, 12), **_BERT}),
     "bge-large": (encoder, {**bert_sizes(1024, 24), **_BERT}),
