@@ -74,8 +74,11 @@ def lines(name: str, who: str, x: str, value: str, panel: str | None = None) -> 
         for one in dict.fromkeys(row[who] for row in rows):
             points = [r for r in rows if r[who] == one and (panel is None or r[panel] == here)]
             places = [int(re.sub(r"\D", "", r[x])) for r in points]
+            axes.set_xscale("log")
+            axes.set_xticks(places, map(str, places))
+            axes.minorticks_off()
             axes.plot(places, [float(r[value]) for r in points], "o-", label=one)
-        axes.set(xscale="log", xlabel=x, ylabel=value, title=f"{panel}: {here}" if panel else "")
+        axes.set(xlabel=x, ylabel=value, title=f"{panel}: {here}" if panel else "")
         axes.set_ylim(bottom=0)
     all_axes[0][0].legend()
     save(figure, name)
