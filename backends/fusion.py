@@ -14,7 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kernels.int8_linear import Int8Linear, can_quantize
 from kernels.packed_linear import PackedLinear, can_pack, has_fast_gelu
+
+Product = PackedLinear | Int8Linear
 
 # Layers over the same input, in the order in which they are called.
 _SIBLINGS = (
@@ -65,7 +68,7 @@ class _Part(torch.nn.Module):
 class _Activated(torch.nn.Module):
     """BERT's intermediate layer: a product and its activation."""
 
-    def __init__(self, dense: PackedLinear) -> None:
+    def __init__(self, dense: Product) -> None:
         super().__init__()
         self.dense = dense
 
@@ -76,7 +79,7 @@ class _Activated(torch.nn.Module):
 class _Residual(torch.nn.Module):
     """BERT's output layers: a product, the residual, LayerNorm."""
 
-    def __init__(self, dense: PackedLinear, norm: torch.nn.LayerNorm) -> None:
+    def __init__(self, dense: Product, norm: torch.nn.LayerNorm) -> None:
         super().__init__()
         self.dense = dense
         self.LayerNorm = norm
@@ -88,7 +91,7 @@ class _Residual(torch.nn.Module):
 class _Gated(torch.nn.Module):
     """act(gate) * up, then down: the activation in place."""
 
-    def __init__(self, gate_up: PackedLinear, activation: torch.nn.Module, down: torch.nn.Module) -> None:
+    def __init__(self, gate_up: Product, activation: torch.nn.Module, down: torch.nn.Module) -> None:
         super().__init__()
         self.gate_up = gate_up
         self.activation = activation
@@ -99,19 +102,21 @@ class _Gated(torch.nn.Module):
         return self.down(self.activation(gate).mul_(up))  # type: ignore[no-any-return]
 
 
-def fuse(model: torch.nn.Module) -> int:
+def fuse(model: torch.nn.Module, *, in_int8: bool = False) -> int:
     """Replaces modules of a model, in place. How many products it has packed; 0 leaves it as it was."""
-    if not all(map(can_pack, {p.dtype: p for p in model.parameters()}.values())):
+    can = can_quantize if in_int8 else can_pack
+    if not all(map(can, {p.dtype: p for p in model.parameters()}.values())):
         return 0
-    return _Pass(model).run()
+    return _Pass(model, in_int8=in_int8).run()
 
 
 class _Pass:
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, *, in_int8: bool) -> None:
         self.model = model
+        self.in_int8 = in_int8
         linears = [m for m in model.modules() if type(m) is torch.nn.Linear]
         self.keeps_plain = sum(m.weight.nbytes for m in linears) <= _MOST_KEPT_BYTES
-        self.packed: dict[torch.nn.Linear, PackedLinear] = {}
+        self.packed: dict[torch.nn.Linear, Product] = {}
         self.count = 0
 
     def run(self) -> int:
@@ -155,11 +160,11 @@ class _Pass:
             for index, name in enumerate(names):
                 setattr(parent, name, _Part(joint, index))
 
-    def _pack(self, layers: list[Any]) -> PackedLinear:
+    def _pack(self, layers: list[Any]) -> Product:
         if len(layers) == 1 and layers[0] in self.packed:
             return self.packed[layers[0]]
         self.count += 1
-        packed = PackedLinear(layers, keeps_plain=self.keeps_plain)
+        packed = Int8Linear(layers) if self.in_int8 else PackedLinear(layers, keeps_plain=self.keeps_plain)
         if len(layers) == 1:
             self.packed[layers[0]] = packed
         return packed

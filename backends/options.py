@@ -17,6 +17,7 @@ WIRE_DTYPES = {"auto": "FP32", "float32": "FP32", "bfloat16": "BF16", "float16":
 depends on the machine, but an entry must mean the same on every machine, so it travels in the widest one."""
 
 IMAGE_POSITIONS = ("mrope", "plain")
+QUANTIZATIONS = ("none", "int8")
 RERANK_PROMPTS = ("none", "qwen3", "bge-gemma", "mxbai", "chat-template")
 _COUNTS = (
     "max_batch_tokens",
@@ -39,6 +40,8 @@ class ServingOptions:
 
     auto: bfloat16 where the processor or GPU has it in hardware, else float32.
     """
+    quantization: str = "none"
+    """Of the encoder's products: none, or int8 on a CPU, which is less exact."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: a GPU where there is one."""
     max_batch_tokens: int = 16384
@@ -80,6 +83,14 @@ class ServingOptions:
     def __post_init__(self) -> None:
         if self.dtype not in WIRE_DTYPES:
             raise OptionError(f"dtype is {self.dtype!r}; it takes one of {', '.join(WIRE_DTYPES)}")
+        if self.quantization not in QUANTIZATIONS:
+            raise OptionError(
+                f"quantization is {self.quantization!r}; it takes one of {', '.join(QUANTIZATIONS)}"
+            )
+        if self.quantization == "int8" and self.dtype not in ("auto", "float32"):
+            raise OptionError(
+                f"quantization int8 computes the rest in float32, but dtype is {self.dtype!r}; leave one out"
+            )
         if not _DEVICE.fullmatch(self.device):
             raise OptionError(f"device is {self.device!r}; it takes auto, cpu, cuda or cuda:N")
         if self.truncation not in TRUNCATIONS:

@@ -35,23 +35,34 @@ _CHECK_LENGTHS = (5, 11)
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
+# Of a model in 8-bit integers against itself in float32: a wrong layer is off by 0.5 and more.
+_INT8_TOLERANCE = 0.3
+
+
 Loader = Callable[[str | None], torch.nn.Module]
 """Name of an attention function, or None for the model's own choice -> the model."""
 
 
 def choose_forward(
-    load: Loader, family: Family, config: dict[str, Any], name: str, *, shares_prefixes: bool = False
+    load: Loader,
+    family: Family,
+    config: dict[str, Any],
+    name: str,
+    *,
+    shares_prefixes: bool = False,
+    in_int8: bool = False,
 ) -> Forward:
     """The packed way if the model passes the self-check, else the padded way, with a logged warning.
 
     `shares_prefixes` is for causal models: what sequences begin with is computed once, if that is proved to
-    change nothing. Raises CheckpointError when the model fails both ways. `name` stands in the messages.
+    change nothing; `in_int8` multiplies in 8-bit integers. Raises CheckpointError when the model fails both
+    ways, or cannot be multiplied so. `name` stands in the messages.
     """
     register_attention()
     packed = PackedForward(_load(load, packed_attention.NAME, name), family, config)
     fault = _packed_fault(packed)
     if fault is None:
-        _speed_up(packed, name, lambda: _load(load, packed_attention.NAME, name))
+        _speed_up(packed, name, lambda: _load(load, packed_attention.NAME, name), in_int8=in_int8)
         if shares_prefixes:
             error = _check_sharing(packed)
             packed.shares_prefixes = error <= _tolerance(packed.model)
@@ -72,33 +83,50 @@ def choose_forward(
             f"{name} gives other numbers in a batch than alone, packed ({fault}) and padded (relative error "
             f"{error:.2g}): it cannot be served right"
         )
-    _speed_up(padded, name, lambda: _load(load, None, name))
+    _speed_up(padded, name, lambda: _load(load, None, name), in_int8=in_int8)
     return padded
 
 
 def _speed_up(
-    forward: PackedForward | PaddedForward, name: str, reload: Callable[[], torch.nn.Module]
+    forward: PackedForward | PaddedForward,
+    name: str,
+    reload: Callable[[], torch.nn.Module],
+    *,
+    in_int8: bool,
 ) -> None:
-    """Fuses the model, if that changes no number beyond rounding."""
+    """Fuses the model, if that changes no number beyond rounding. Raises CheckpointError where 8-bit integers
+    cannot be had.
+    """
     lengths = np.array(_CHECK_LENGTHS)
     batch = Ragged(_check_ids(forward, int(lengths.sum())), lengths)
     with torch.inference_mode():
         before = forward(batch).float()
-        if not fuse(forward.model):
+        if not fuse(forward.model, in_int8=in_int8):
+            if in_int8:
+                raise CheckpointError(
+                    f"{name} cannot be multiplied in 8-bit integers: that takes a CPU and weights in float32 "
+                    "(--device cpu --dtype float32); leave --quantization out"
+                )
             return
         try:
             error = _relative_error(forward(batch).float(), before)
         except (RuntimeError, TypeError, AttributeError) as problem:
             error = float("inf")
             logger.warning("%s: %s", name, problem)
-    if not error <= _tolerance(forward.model):
-        logger.warning(
-            "%s gives other numbers with fused layers (relative error %.2g): they stay as they were, "
-            "which is slower",
-            name,
-            error,
+    if error <= (_INT8_TOLERANCE if in_int8 else _tolerance(forward.model)):
+        return
+    if in_int8:
+        raise CheckpointError(
+            f"{name} gives other numbers in 8-bit integers (relative error {error:.2g}); leave "
+            "--quantization out"
         )
-        forward.model = reload()
+    logger.warning(
+        "%s gives other numbers with fused layers (relative error %.2g): they stay as they were, which is "
+        "slower",
+        name,
+        error,
+    )
+    forward.model = reload()
 
 
 def _relative_error(values: torch.Tensor, expected: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import tritonclient.grpc.aio as server_client
@@ -98,6 +98,9 @@ class GrpcInference:
         self._max_answer_bytes = max_answer_bytes
         self._last_success: dict[str, float] = {}
         self._image_turns: dict[str, asyncio.Semaphore] = {}
+        # Tasks that wait for a server request, by pipeline, and those that were told that it will not come.
+        self._waiting: dict[str, set[asyncio.Task[Any]]] = {}
+        self._told: set[asyncio.Task[Any]] = set()
 
     def _turn(
         self, pipeline: Pipeline, stage: str | None, part: Part
@@ -184,6 +187,10 @@ class GrpcInference:
             tensor = server_client.InferInput(name, list(elements.shape), "BYTES")
             tensor.set_data_from_numpy(elements)
             inputs.append(tensor)
+        task = asyncio.current_task()
+        assert task is not None
+        waiting = self._waiting.setdefault(pipeline.name, set())
+        waiting.add(task)
         try:
             result = await self._client.infer(
                 model,
@@ -193,9 +200,26 @@ class GrpcInference:
                 client_timeout=self._timeout_s,
             )
         except InferenceServerException as error:
+            if _DEAD_STUB.search(error.message() or ""):
+                waiting.discard(task)
+                self._tell(waiting)
             raise self._explain(error, pipeline.served_model_name) from error
+        except asyncio.CancelledError:
+            if task not in self._told:
+                raise
+            task.uncancel()
+            raise _not_answering(pipeline.served_model_name) from None
+        finally:
+            waiting.discard(task)
+            self._told.discard(task)
         self._last_success[model] = time.monotonic()
         return {name: result.as_numpy(name) for name in outputs}
+
+    def _tell(self, waiting: set[asyncio.Task[Any]]) -> None:
+        """Ends the wait for a process that died: what it had taken in is answered by nobody (server 2.51)."""
+        for task in waiting - self._told:
+            self._told.add(task)
+            task.cancel()
 
     def last_success(self, pipeline: Pipeline) -> float | None:
         text, image, both = (
@@ -223,7 +247,7 @@ class GrpcInference:
             return RefusedItem(failure.message, item=failure.item, reason=failure.code)
         if failure is None and _DEAD_STUB.search(message):
             logger.debug("%s: %s", subject, message)
-            return Unavailable(f"the model {subject} does not answer at the moment; try again in a while")
+            return _not_answering(subject)
         if status == _status(grpc.StatusCode.DEADLINE_EXCEEDED):
             return TimedOut(
                 f"{subject} did not answer within {self._timeout_s:g} s; send fewer or shorter inputs"
@@ -235,6 +259,10 @@ class GrpcInference:
             return Unavailable(f"the model {subject} is not loaded at the moment; try again in a while")
         logger.error("%s: %s %s", subject, status, message)
         return ServerFault("the model failed on this request; the server's log tells why")
+
+
+def _not_answering(subject: str) -> Unavailable:
+    return Unavailable(f"the model {subject} does not answer at the moment; try again in a while")
 
 
 def _too_large(max_bytes: int) -> AnswerTooLarge:

@@ -43,6 +43,10 @@ Repository = Annotated[
     ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="none, or int8: the encoder's products in 8-bit integers, on a CPU without bfloat16."),
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 MaxBatchTokens = Annotated[int | None, typer.Option(help="Tokens of one forward pass. Default: 16384.")]
 MaxBatchSize = Annotated[int | None, typer.Option(help="Texts of one server request. Default: 64.")]
@@ -156,6 +160,7 @@ def add(
     ] = None,
     model_repository: Repository = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     device: Device = None,
     max_batch_tokens: MaxBatchTokens = None,
     max_batch_size: MaxBatchSize = None,
@@ -258,6 +263,7 @@ def serve(
     image_hosts: ImageHosts = None,
     model_repository: Repository = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
     device: Device = None,
     max_batch_tokens: MaxBatchTokens = None,
     max_batch_size: MaxBatchSize = None,

@@ -112,6 +112,36 @@ def test_a_model_whose_process_died_is_told(tmp_path, checkpoint):
         assert serving.get("/health")[0] == 200
 
 
+def test_requests_that_a_dead_process_had_taken_in_are_told_too(tmp_path, checkpoint):
+    with serve(
+        tmp_path / "output",
+        checkpoint,
+        "--max-batch-tokens",
+        16,
+        "--dtype",
+        "float32",
+        GATEWAY_CANARY_INTERVAL_S="0.5",
+    ) as serving:
+        answers = []
+        body = {"input": ["a value of this class " * 8] * 2000, "truncate": True}
+        sender = threading.Thread(target=lambda: answers.append(serving.post(body)))
+        sender.start()
+        client = tritonclient.http.InferenceServerClient(serving.http)
+        wait_until(
+            lambda: client.get_inference_statistics("tiny.encoder")["model_stats"][0]["execution_count"] > 5,
+            "the request to reach the encoder",
+        )
+        client.close()
+        (stub,) = [
+            pid for pid, line in serving.descendants().items() if "stub" in line and "tiny.encoder" in line
+        ]
+        os.kill(stub, signal.SIGKILL)
+        sender.join(30)
+        ((status, answer),) = answers
+        assert status == 503, "by the canary: nobody else asks"
+        assert "tiny does not answer" in answer["error"]["message"]
+
+
 def failed(*arguments):
     ports = [
         part for flag in ("--port", "--http-port", "--grpc-port", "--metrics-port") for part in (flag, 0)
