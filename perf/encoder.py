@@ -4,9 +4,10 @@
     .venv-perf/bin/python perf/encoder.py
 
 512 real paragraphs of at most 256 tokens, tokenised before the clock starts, through all-MiniLM-L6-v2: this
-project's encoder and its dense head; sentence-transformers; ONNX Runtime with its own fusions. All on every
-core of this machine, in one process, in turn. The peers get padded batches of similar length, of the size
-that serves them best (--batch). The cosine is to sentence-transformers in float32, the least of all texts.
+project's encoder stage, asked as the gateway asks it, and its dense head; sentence-transformers; ONNX Runtime
+with its own fusions. All on every core of this machine, in one process, in turn. The peers get padded batches
+of similar length, of the size that serves them best (--batch). The cosine is to sentence-transformers in
+float32, the least of all texts.
 Rows go to perf/results/encoder.csv.
 """
 
@@ -26,10 +27,10 @@ REFERENCE = "sentence-transformers float32"
 
 
 def own(ids: list[list[int]], **options: Any) -> Embed:
-    """This project's encoder, in the order in which padded batches come."""
-    encoder = model.build(model.MINILM, **options)
-    batch = model.ragged(sorted(ids, key=lambda one: -len(one)))
-    return lambda: encoder.embed(batch)
+    """This project's encoder stage, in the order in which padded batches come."""
+    stage = model.stage(model.MINILM, **options)
+    ordered = sorted(ids, key=lambda one: -len(one))
+    return lambda: stage.embed(ordered)
 
 
 def sentence_transformers(batches: list[dict[str, Any]], dtype: torch.dtype) -> Embed:

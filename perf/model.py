@@ -1,7 +1,9 @@
 """Models in this process: the project's own encoder as its stage builds it, and what is compared with it."""
 
+import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from backends.options import ServingOptions
 from backends.ragged import Ragged
 from backends.self_check import choose_forward
 from backends.source import resolve
+from tests.support import fake_pb_utils
 from tests.support.sentences import paragraphs
 
 CPU = torch.device("cpu")
@@ -75,6 +78,49 @@ class Encoder:
             return self.head(hidden, {}, {})["dense"].numpy()  # type: ignore[union-attr]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """The encoder's stage itself, without a server around it, and the dense head behind it."""
+
+    stage: Any
+    head: Head
+
+    def embed(self, ids: Sequence[Sequence[int]], size: int = 64) -> np.ndarray[Any, Any]:
+        """Embeddings [n, d] of unit length, asked for in requests of so many texts, all at once."""
+        requests = []
+        for start in range(0, len(ids), size):
+            rows = [np.array(row, np.int32) for row in ids[start : start + size]]
+            length = np.array([[len(row) for row in rows]], np.int32)
+            inputs = {"input_ids": np.concatenate(rows)[None], "length": length}
+            requests.append(fake_pb_utils.Request(inputs))
+        parts = []
+        for request, answer in zip(requests, fake_pb_utils.answers(self.stage, requests), strict=True):
+            hidden = torch.as_tensor(answer.value("hidden"))[0]
+            batch = Ragged(hidden, request.inputs["length"][0].astype(np.int64))
+            with torch.inference_mode():
+                parts.append(self.head(batch, {}, {})["dense"])
+        return torch.cat(parts).numpy()
+
+
+def stage(path: Path, **options: Any) -> Stage:
+    """As the server starts it; `options` are those of `serve`."""
+    sys.modules.setdefault("triton_python_backend_utils", fake_pb_utils)
+    from backends.stages.encoder import EncoderStage
+
+    own = EncoderStage()
+    parameters = {"checkpoint": str(path), **{name: str(value) for name, value in options.items() if value}}
+    config = {"parameters": {name: {"string_value": value} for name, value in parameters.items()}}
+    own.initialize(
+        {
+            "model_name": path.name,
+            "model_instance_kind": "CPU",
+            "model_instance_device_id": "0",
+            "model_config": json.dumps(config),
+        }
+    )
+    return Stage(own, HEADS["dense"].load(Checkpoint.read(path), CPU, torch.float32))
+
+
 def build(path: Path, device: torch.device = CPU, *, is_padded: bool = False, **options: Any) -> Encoder:
     """As `backends/stages/encoder.py` does; `options` are those of `serve`, as dtype and quantization.
 
@@ -93,7 +139,7 @@ def build(path: Path, device: torch.device = CPU, *, is_padded: bool = False, **
     most = given.max_batch_tokens
     if device.type == "cpu":
         # The stage's own bound, whose module cannot be imported outside the server.
-        most = min(most, max(1024, 2**27 // (32 * dtype.itemsize * checkpoint.hidden_size)))
+        most = min(most, max(1024, (2**26 + 2**25) // (32 * dtype.itemsize * checkpoint.hidden_size)))
     if is_padded:
         forward: Forward = PaddedForward(load("sdpa"), family, config)
     else:

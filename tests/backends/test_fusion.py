@@ -9,7 +9,12 @@ import torch
 
 from backends import fusion
 from backends.checkpoint import Checkpoint
-from backends.families import FAMILIES
+from backends.errors import CheckpointError, OptionError
+from backends.families import FAMILIES, family_of
+from backends.options import ServingOptions
+from backends.ragged import Ragged
+from backends.self_check import choose_forward
+from kernels.int8_linear import Int8Linear
 from kernels.packed_linear import PackedLinear
 from tests.support import checkpoints, families
 from tests.support.pipeline import load_forward
@@ -66,3 +71,38 @@ def test_a_model_that_means_something_else_by_these_names_stays_as_it_is(tmp_pat
     assert "other numbers with fused layers" in caplog.text
     assert not kinds(forward.model, PackedLinear)
     torch.testing.assert_close(kept, plain, atol=1e-5, rtol=1e-5)
+
+
+def in_int8(checkpoint, dtype=torch.float32):
+    family = family_of(checkpoint)
+    causality = family.causality(checkpoint.config)
+
+    def load(attention):
+        return family.load(checkpoint, attention, dtype, torch.device("cpu"), causality)
+
+    return choose_forward(load, family, dict(checkpoint.config), "tiny", in_int8=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen3", "mpnet"])
+def test_int8_stays_near_float32(name, tmp_path):
+    checkpoint = Checkpoint.read(families.FAMILIES[name](tmp_path / name))
+    forward = in_int8(checkpoint)
+    assert kinds(forward.model, Int8Linear)
+    assert not kinds(forward.model, PackedLinear)
+    ids = Ragged.pack([torch.arange(5, 5 + n) for n in (9, 4)])
+    with torch.inference_mode():
+        got, expected = forward(ids), load_forward(checkpoint)(ids)
+        alone = torch.cat([forward(Ragged.pack([one])) for one in ids.split()])
+    cosines = torch.nn.functional.cosine_similarity(got, expected, dim=-1)
+    assert 0.97 < cosines.min() < 1 - 1e-7, "not the same numbers, but nearly"
+    torch.testing.assert_close(got, alone, atol=2e-2, rtol=1e-2)
+
+
+def test_int8_is_refused_where_it_cannot_be_had(tmp_path):
+    checkpoint = Checkpoint.read(checkpoints.bert(tmp_path / "m"))
+    with pytest.raises(CheckpointError, match="takes a CPU and weights in float32"):
+        in_int8(checkpoint, torch.float16)
+    with pytest.raises(OptionError, match="dtype is 'bfloat16'; leave one out"):
+        ServingOptions(quantization="int8", dtype="bfloat16")
+    with pytest.raises(OptionError, match="quantization is 'int4'; it takes one of none, int8"):
+        ServingOptions(quantization="int4")
