@@ -3,8 +3,8 @@
 Each token is spread over the integers from its least to its largest value, so that what comes out for it does
 not depend on its neighbours in the batch, as it would with one range for all. Sums are exact in 32 bits.
 Without AVX512-VNNI the processor adds pairs of products in 16 bits, which overflow beyond 7 bits of an
-activation (relative error of a layer 0.22 instead of 0.02), so there only 7 are used: all-MiniLM-L6-v2 then runs
-6 720 tokens/s, 5 710 in float32 (2 cores, AVX2), at a cosine to float32 of at least 0.995.
+activation (relative error of a layer 0.22 instead of 0.02), so there only 7 are used: all-MiniLM-L6-v2 then
+runs 6 720 tokens/s, 5 710 in float32 (2 cores, AVX2), at a cosine to float32 of at least 0.995.
 
 *Source:* torch 2.13, ATen/native/quantized/cpu/qlinear.cpp over oneDNN (what torchao's x86 path compiles to).
 """
