@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 
 TORCH_DTYPES = {"FP32": torch.float32, "BF16": torch.bfloat16, "FP16": torch.float16}
 """By the server's name of the data type."""
-# Only a CUDA build of torch brings it.
-_HAS_TRITON = find_spec("triton") is not None
+# Of torch's builds only those for CUDA bring triton.
+_KERNEL_DEVICES = {"cuda"} if find_spec("triton") else set()
 
 
 def place(device: str) -> torch.device:
@@ -29,7 +29,7 @@ def place(device: str) -> torch.device:
 
 def has_kernels(device: torch.device) -> bool:
     """Whether kernels in the Triton language run there; what they do is done by torch elsewhere."""
-    return device.type == "cuda" and _HAS_TRITON
+    return device.type in _KERNEL_DEVICES
 
 
 def compute_dtype(option: str, device: torch.device) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from backends import device
+from backends.device import has_kernels
 from backends.fusion.on_cpu import PackedParts
 from backends.fusion.parts import Joint, Part, StandIns, are_alike
 from kernels.packed_linear import can_pack
@@ -31,7 +31,7 @@ def fuse(model: torch.nn.Module) -> int:
 def _stand_ins(model: torch.nn.Module) -> StandIns | None:
     """What the model's device and number format have; None for a model that stays as it is."""
     parameters = list(model.parameters())
-    if device.has_kernels(parameters[0].device):
+    if has_kernels(parameters[0].device):
         # Triton is not imported where there is no use for it.
         from backends.fusion.on_gpu import KernelParts
 
