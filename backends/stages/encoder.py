@@ -41,6 +41,7 @@ from backends.stages.base import Answer, StageContext, StageRequest
 from backends.stages.continuous import ContinuousStage, Work
 from backends.turns import Job, Piece, Places, Turns
 from backends.vision import Images
+from backends.warm_up import warm_up
 from kernels.transfer import to_device
 
 # What the activations of one pass may take on a CPU, where larger passes are slower and short requests wait
@@ -121,7 +122,9 @@ class EncoderStage(ContinuousStage[_Work]):
             self.images = choose_image_encoder(
                 self.forward, family.vision, context.checkpoint, options, self.max_batch_tokens
             )
-        if self.device.type == "cpu":
+        if self.device.type == "cuda":
+            warm_up(self.forward, family.most_tokens(context.checkpoint))
+        else:
             self.workers = min(self.threads, _MOST_WORKERS)
         factor = _SHARING_PASSES if self.forward.shares_prefixes else 1
         self.turns = Turns(factor * self.max_batch_tokens, is_whole=self.images is not None)
