@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -53,6 +54,7 @@ EXPECTED = {
     "roberta": _BERT,
     "xlm_roberta": _BERT,
 }
+_WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +86,23 @@ def image_of(model, checkpoint):
     return model.see(patches, np.array([[1, side, side]]))
 
 
+class Waits(TorchDispatchMode):
+    """Notes operations whose result the host must know: on a GPU it would wait for all before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.name()
+        picks = function is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype is torch.bool for index in arguments[1]
+        )
+        if picks or name.split("::")[1].split(".")[0] in _WAITING:
+            self.found.append(name)
+        return function(*arguments, **(options or {}))
+
+
 def stand_ins(model):
     found = Counter(
         type(module).__name__
@@ -93,6 +112,22 @@ def stand_ins(model):
     del found["JointLinear"]
     found["rotary"] = sum("forward" in module.__dict__ for module in model.modules())
     return dict(+found)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_no_pass_over_texts_waits_for_the_device(name, tmp_path):
+    forward = unfused(Checkpoint.read(families.FAMILIES[name](tmp_path / name)), name)
+    with torch.inference_mode(), Waits() as waits:
+        forward(two_texts())
+    # transformers asks whether MPNet's padding mask hides anything, once in a pass.
+    assert waits.found == (["aten::is_nonzero"] if name == "mpnet" else [])
+
+
+def test_waiting_is_noticed():
+    with Waits() as waits:
+        rows = torch.arange(4, device=DEVICE)
+        rows[rows > 1], rows.sum().item(), (rows > 1).nonzero()
+    assert len(waits.found) == 3
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
