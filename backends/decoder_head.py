@@ -21,6 +21,7 @@ from backends.ragged import Ragged
 from backends.rerank_prompt import RerankPrompt, Word, has_both_words
 from backends.tokenizer_file import load_tokenizer
 from backends.weights import read_rows, tensor_names
+from kernels.transfer import to_device
 
 DECODERS = ("gemma", "llama", "mistral", "qwen2", "qwen3")
 """Values of config.json's model_type whose classifier is a `score` over the last token."""
@@ -37,7 +38,7 @@ class LastTokenHead(torch.nn.Module):
         self.output = output
 
     def forward(self, hidden: Ragged) -> torch.Tensor:
-        rows = torch.from_numpy(hidden.offsets[1:] - 1).to(hidden.values.device)
+        rows = to_device(hidden.offsets[1:] - 1, hidden.values.device)
         logits: torch.Tensor = self.output(hidden.values[rows].float())
         return logits
 

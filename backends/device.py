@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 
 import torch
 
@@ -12,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 TORCH_DTYPES = {"FP32": torch.float32, "BF16": torch.bfloat16, "FP16": torch.float16}
 """By the server's name of the data type."""
+# Of torch's builds only those for CUDA bring triton.
+_KERNEL_DEVICES = {"cuda"} if find_spec("triton") else set()
 
 
 def place(device: str) -> torch.device:
@@ -22,6 +25,11 @@ def place(device: str) -> torch.device:
         )
         return torch.device("cpu")
     return torch.device(device)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels in the Triton language run there; what they do is done by torch elsewhere."""
+    return device.type in _KERNEL_DEVICES
 
 
 def compute_dtype(option: str, device: torch.device) -> torch.dtype:

@@ -11,6 +11,7 @@ from backends import shared_prefix
 from backends.forward import Forward, Segments
 from backends.ragged import Lengths, Ragged, cut_by_budget, positions
 from backends.vision import Seen
+from kernels.transfer import to_device
 
 
 def encode(
@@ -50,8 +51,8 @@ def encode(
                 (np.flatnonzero(wanted >= 0) if sources is None else sources[wanted >= 0]),
             )
         if sources is not None:
-            out = out[torch.from_numpy(sources).to(out.device)]
-        hidden.index_copy_(0, torch.from_numpy(wanted).to(out.device), out.to(dtype))
+            out = out[to_device(sources, out.device)]
+        hidden.index_copy_(0, to_device(wanted, out.device), out.to(dtype))
     if hidden is None:
         raise ValueError("a batch without sequences")
     return hidden
@@ -79,7 +80,7 @@ def _passes(
         tokens = np.repeat(input_ids.offsets[order], lengths) + positions(lengths)
         keys = None if key_lengths is None else key_lengths[order]
         firsts = None if first_lengths is None else first_lengths[order]
-        values = input_ids.values[torch.from_numpy(tokens)].to(forward.device)
+        values = to_device(input_ids.values[torch.from_numpy(tokens)], forward.device)
         images = None if seen is None else seen.of(tokens)
         yield forward(Ragged(values, lengths), keys, firsts, images=images), tokens, None
 
@@ -90,7 +91,7 @@ def _shared_passes(forward: Forward, input_ids: Ragged, max_batch_tokens: int, s
         # Two images have the same ids, and are not the same: no token of an image is like any other.
         names = np.where(seen.slots >= 0, -1 - seen.slots, names)
     for one in shared_prefix.plan(names, input_ids.lengths, max_batch_tokens):
-        values = input_ids.values[torch.from_numpy(one.row)].to(forward.device)
+        values = to_device(input_ids.values[torch.from_numpy(one.row)], forward.device)
         segments = Segments(one.starts, one.prefixes) if one.shares else None
         images = None if seen is None else seen.of(one.row)
         out = forward(Ragged(values, one.lengths), segments=segments, images=images)

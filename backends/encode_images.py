@@ -18,6 +18,7 @@ from backends.ragged import Lengths, Ragged
 from backends.self_check import check_seeing
 from backends.two_towers import TwoTowers, end_rows
 from backends.vision import Images, Seen, Sees, see
+from kernels.transfer import to_device
 
 
 class ImageEncoder(Protocol):
@@ -82,7 +83,7 @@ class Apart:
             parts.append(see(self.model, images, self.max_batch_tokens))
         found = torch.cat(parts).to(dtype)
         order = np.argsort(np.concatenate([np.flatnonzero(~is_image), np.flatnonzero(is_image)]))
-        return found[torch.from_numpy(order).to(found.device)]
+        return found[to_device(order, found.device)]
 
     def _read(self, texts: Ragged) -> torch.Tensor:
         own = next(self.model.parameters()).dtype

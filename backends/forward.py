@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from backends.families.base import Family
-from backends.ragged import Lengths, Ragged
+from backends.ragged import Lengths, Ragged, positions
 from backends.vision import SeenRow
 from kernels import packed_attention
+from kernels.transfer import to_device
 
 
 class Forward(Protocol):
@@ -70,7 +72,7 @@ class PackedForward:
     ) -> torch.Tensor:
         places = input_ids.positions + self.position_offset
         if segments is not None:
-            places = places + torch.from_numpy(segments.starts).to(places.device)[input_ids.segments]
+            places = places + to_device(segments.starts, places.device)[input_ids.segments]
         arguments: dict[str, Any] = {"position_ids": places[None]}
         if images is not None:
             arguments.update(image_states=images.states, image_places=images.places)
@@ -124,23 +126,25 @@ class PaddedForward:
         if first_lengths is not None:
             arguments["token_type_ids"] = (own & ~_mask(first_lengths, ids)).long()
         output = self.model(input_ids=ids, attention_mask=keys.long(), **arguments)
-        return output.last_hidden_state[own]  # type: ignore[no-any-return]
+        hidden = output.last_hidden_state
+        # Where the tokens are is known here: to ask the mask would be to wait for the device.
+        places = positions(input_ids.lengths) + hidden.shape[1] * np.repeat(
+            np.arange(len(rows)), input_ids.lengths
+        )
+        return hidden.reshape(-1, hidden.shape[-1])[to_device(places, hidden.device)]  # type: ignore[no-any-return]
 
 
 def _token_types(input_ids: Ragged, first_lengths: Lengths | None) -> torch.Tensor:
     """int64 [t]: 1 for the tokens of a pair's second text."""
     if first_lengths is None:
         return torch.zeros_like(input_ids.values)
-    firsts = torch.from_numpy(first_lengths).to(input_ids.values.device)
+    firsts = to_device(first_lengths, input_ids.values.device)
     return (input_ids.positions >= firsts[input_ids.segments]).long()
 
 
 def _mask(lengths: Lengths, ids: torch.Tensor) -> torch.Tensor:
     """bool [n, s]: the first tokens of each row, `lengths` [n] of them."""
-    return (
-        torch.arange(ids.shape[1], device=ids.device)[None]
-        < torch.from_numpy(lengths).to(ids.device)[:, None]
-    )
+    return torch.arange(ids.shape[1], device=ids.device)[None] < to_device(lengths, ids.device)[:, None]
 
 
 def register_attention() -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.transfer import to_device
+
 Lengths = npt.NDArray[np.int64]
 
 
@@ -46,17 +48,17 @@ class Ragged:
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
         """int32 [n + 1] on the device of the values: the form that attention kernels take."""
-        return torch.from_numpy(self.offsets.astype(np.int32)).to(self.values.device)
+        return to_device(self.offsets.astype(np.int32), self.values.device)
 
     @cached_property
     def segments(self) -> torch.Tensor:
         """int64 [t]: which sequence each value belongs to."""
-        return torch.from_numpy(np.repeat(np.arange(len(self.lengths)), self.lengths)).to(self.values.device)
+        return to_device(np.repeat(np.arange(len(self.lengths)), self.lengths), self.values.device)
 
     @cached_property
     def positions(self) -> torch.Tensor:
         """int64 [t]: 0, 1, 2 ... within each sequence."""
-        return torch.from_numpy(positions(self.lengths)).to(self.values.device)
+        return to_device(positions(self.lengths), self.values.device)
 
     def split(self) -> list[torch.Tensor]:
         """The sequences [s_i, ...] as views."""

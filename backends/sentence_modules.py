@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 from backends.checkpoint import Module
+from backends.device import has_kernels
 from backends.errors import CheckpointError
 from backends.ragged import Ragged
 from backends.weights import read_tensors
+from kernels.transfer import to_device
 
 
 class Pooling:
@@ -32,6 +34,8 @@ class Pooling:
         """
         if not hidden.lengths.all():
             raise ValueError("a sequence without tokens has no embedding")
+        if has_kernels(hidden.values.device):
+            return self._pool_by_kernel(hidden, prompt_length)
         if prompt_length is None:
             return self._pool(hidden, hidden, 0)
         skipped = torch.clamp(prompt_length.to(torch.int64), max=torch.from_numpy(hidden.lengths) - 1)
@@ -39,15 +43,23 @@ class Pooling:
         rest = Ragged(hidden.values[kept], hidden.lengths - skipped.numpy())
         return self._pool(rest, hidden, skipped.to(hidden.values.device))
 
+    def _pool_by_kernel(self, hidden: Ragged, prompt_length: torch.Tensor | None) -> torch.Tensor:
+        # Triton is not imported where there is no use for it.
+        from kernels.segment_pooling import pool
+
+        skipped = None if prompt_length is None else prompt_length.tolist()
+        parts = [pool(hidden.values, hidden.lengths.tolist(), mode, skipped=skipped) for mode in self.modes]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
     def _pool(self, rest: Ragged, whole: Ragged, skipped: torch.Tensor | int) -> torch.Tensor:
         """`rest` is `whole` without the first `skipped` tokens of each sequence."""
         parts = []
-        count = torch.from_numpy(rest.lengths).to(rest.values.device, torch.float32)[:, None]
+        count = to_device(rest.lengths, rest.values.device).float()[:, None]
         for mode in self.modes:
             if mode == "cls":
-                parts.append(rest.values[torch.from_numpy(rest.offsets[:-1])].float())
+                parts.append(rest.values[to_device(rest.offsets[:-1], rest.values.device)].float())
             elif mode == "lasttoken":
-                parts.append(whole.values[torch.from_numpy(whole.offsets[1:] - 1)].float())
+                parts.append(whole.values[to_device(whole.offsets[1:] - 1, whole.values.device)].float())
             elif mode == "mean":
                 parts.append(_segment_sum(rest, rest.values.float()) / count)
             elif mode == "mean_sqrt_len_tokens":

@@ -11,6 +11,7 @@ import torch
 
 from backends.grouping import neighbours
 from backends.ragged import Lengths
+from kernels.transfer import to_device
 
 Grids = npt.NDArray[np.int64]
 """[m, 3]: patches of each image along time, height and width."""
@@ -47,7 +48,7 @@ class PixelTable(torch.nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """uint8 [p, 3 * s] -> float32 [p, 3, s]."""
-        values = patches.to(self.table.device).view(len(patches), 3, -1).long()
+        values = to_device(patches, self.table.device).view(len(patches), 3, -1).long()
         return torch.gather(self.table[None].expand(len(values), -1, -1), 2, values)
 
 
@@ -82,11 +83,11 @@ class Seen:
         slots = self.slots[row]
         places = np.flatnonzero(slots >= 0)
         device = self.states.device
-        states = self.states[torch.from_numpy(slots[places]).to(device)]
+        states = self.states[to_device(slots[places], device)]
         positions = None
         if self.positions is not None:
-            positions = torch.from_numpy(np.ascontiguousarray(self.positions[:, row])).to(device)
-        return SeenRow(states, torch.from_numpy(places).to(device), positions)
+            positions = to_device(np.ascontiguousarray(self.positions[:, row]), device)
+        return SeenRow(states, to_device(places, device), positions)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["jit", "launch", "offsets_of", "power_of_two", "tl", "to_device"]
+__all__ = ["jit", "launch", "offsets_of", "power_of_two", "tl"]
 
 try:
     import triton.language as tl
@@ -48,13 +48,6 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         # A kernel is launched on the current device, wherever its tensors are.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[(programs,)](*arguments, **options)
-
-
-def to_device(numbers: npt.NDArray[np.int32], device: torch.device) -> torch.Tensor:
-    """Numbers of the host for a kernel, int32, by one copy that the host does not wait for."""
-    table = torch.from_numpy(numbers)
-    # Copies from memory that is not pinned are made to wait.
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 def offsets_of(lengths: Sequence[int], total: int) -> npt.NDArray[np.int32]:

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.language import jit, launch, offsets_of, power_of_two, tl, to_device
+from kernels.language import jit, launch, offsets_of, power_of_two, tl
+from kernels.transfer import to_device
 
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -15,7 +15,8 @@ from typing import no_type_check
 import numpy as np
 import torch
 
-from kernels.language import jit, launch, offsets_of, power_of_two, tl, to_device
+from kernels.language import jit, launch, offsets_of, power_of_two, tl
+from kernels.transfer import to_device
 
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 # Tokens and components that one program has in flight: rows of 128 bytes, so that short batches fill a GPU.

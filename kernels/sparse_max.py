@@ -16,7 +16,8 @@ from typing import no_type_check
 import numpy as np
 import torch
 
-from kernels.language import jit, launch, offsets_of, tl, to_device
+from kernels.language import jit, launch, offsets_of, tl
+from kernels.transfer import to_device
 
 POOLINGS = ("max", "sum")
 # Tokens and words that one program has in flight: 16 independent loads of half precision for each thread.

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.language import jit, launch, power_of_two, tl, to_device
+from kernels.language import jit, launch, power_of_two, tl
+from kernels.transfer import to_device
 
 Ranges = tuple[tuple[int, int], ...]
 """Places in the packed row, from and to."""

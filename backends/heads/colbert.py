@@ -60,13 +60,14 @@ class ColbertHead:
         import torch
 
         from backends.ragged import Ragged
+        from kernels.transfer import to_device
 
         role = parameters.get(RequestParameter.ROLE) or "document"
         kept = torch.ones(hidden.values.shape[0], dtype=torch.bool, device=hidden.values.device)
         if self.late.drops_first:
-            kept[torch.from_numpy(hidden.offsets[:-1])] = False
+            kept[to_device(hidden.offsets[:-1], kept.device)] = False
         if self.skipped is not None and role in self.late.skip_roles:
-            kept &= ~torch.isin(inputs[INPUT_IDS].to(kept.device), self.skipped)
+            kept &= ~torch.isin(to_device(inputs[INPUT_IDS], kept.device), self.skipped)
         rows = kept.nonzero()[:, 0]
         vectors = hidden.values[rows].float()
         for link in self.links:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 _CHUNK = 256
 _POOLINGS = ("max", "sum")
 _ACTIVATIONS = ("relu", "log1p_relu")
+# Of kernels, which take several texts at once: as much for a vocabulary of 30 522, in half precision.
+_KERNEL_CHUNK = 2048
 # Tokens of the text that say nothing about it, by their names in tokenizer_config.json.
 _UNUSED = ("cls_token", "eos_token", "pad_token", "unk_token")
 
@@ -103,12 +105,27 @@ class TokenWeights:
     def __call__(self, hidden: Ragged, inputs: Mapping[str, torch.Tensor]) -> Triples:
         import torch
 
+        from backends.device import has_kernels
+        from kernels.transfer import to_device
+
         weights = torch.relu(self.linear(hidden.values.float()))[:, 0]
-        ids = inputs[INPUT_IDS].to(weights.device).long()
+        ids = to_device(inputs[INPUT_IDS], weights.device).long()
+        if has_kernels(weights.device):
+            return self._by_kernel(weights, ids, hidden)
         kept = ((weights > 0) & ~torch.isin(ids, self.unused)).nonzero()[:, 0]
         pairs, place = torch.unique(hidden.segments[kept] * self.vocabulary + ids[kept], return_inverse=True)
         largest = weights.new_zeros(len(pairs)).scatter_reduce_(0, place, weights[kept], "amax")
         return pairs // self.vocabulary, pairs % self.vocabulary, largest
+
+    def _by_kernel(self, weights: torch.Tensor, ids: torch.Tensor, hidden: Ragged) -> Triples:
+        # Triton is not imported where there is no use for it.
+        from kernels.sparse_max import lexical_weights
+
+        largest = lexical_weights(weights, ids, hidden.lengths.tolist(), self.unused)
+        kept = largest.nonzero()[:, 0]
+        segments = hidden.segments[kept]
+        order = (segments * self.vocabulary + ids[kept]).argsort()
+        return segments[order], ids[kept[order]], largest[kept[order]]
 
 
 class Splade:
@@ -124,12 +141,36 @@ class Splade:
     def __call__(self, hidden: Ragged, inputs: Mapping[str, torch.Tensor]) -> Triples:
         import torch
 
-        found = [self._sequence(i, rows) for i, rows in enumerate(hidden.split())]
+        from backends.device import has_kernels
+        from backends.grouping import neighbours
+
+        rows = hidden.split()
+        parts = [range(i, i + 1) for i in range(len(rows))]
+        is_kernel = has_kernels(hidden.values.device)
+        if is_kernel:
+            parts = neighbours(hidden.lengths.tolist(), _KERNEL_CHUNK)
+        found = []
+        for part in parts:
+            texts = rows[part.start : part.stop]
+            is_small = sum(map(len, texts)) <= _KERNEL_CHUNK
+            pooled = self._pool_texts(texts) if is_kernel and is_small else self._pool_text(texts[0])[None]
+            segments, indices = pooled.nonzero(as_tuple=True)
+            found.append((segments + part.start, indices, pooled[segments, indices]))
         segments, indices, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
         return segments, indices, weights
 
-    def _sequence(self, segment: int, rows: torch.Tensor) -> Triples:
-        """rows [s, h] -> its triples; a long sequence in chunks, so that memory stays bounded."""
+    def _pool_texts(self, texts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Hidden states of neighbours -> [n, v], by a kernel."""
+        import torch
+
+        # Triton is not imported where there is no use for it.
+        from kernels.sparse_max import splade
+
+        logits = self.logits(torch.cat(list(texts)))
+        return splade(logits, [len(text) for text in texts], pooling=self.pooling, n_logs=self.n_logs)
+
+    def _pool_text(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [s, h] -> [v]; a long sequence in chunks, so that memory stays bounded."""
         import torch
 
         pooled: torch.Tensor | None = None
@@ -143,10 +184,7 @@ class Splade:
                 part = self._log(values).sum(0)
                 pooled = part if pooled is None else pooled + part
         assert pooled is not None
-        if self.pooling == "max":
-            pooled = self._log(pooled)
-        indices = pooled.nonzero()[:, 0]
-        return torch.full_like(indices, segment), indices, pooled[indices]
+        return self._log(pooled) if self.pooling == "max" else pooled
 
     def _log(self, values: torch.Tensor) -> torch.Tensor:
         for _ in range(self.n_logs):
@@ -213,7 +251,7 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> S
         logits = load_masked_lm(checkpoint, device, dtype)
         return SparseHead(Splade(logits, *_splade_settings(checkpoint)), top_k)
     linear = linear_from(read_tensors(file, ["weight", "bias"]), device)
-    unused = torch.tensor(special_token_ids(checkpoint, _UNUSED), device=device)
+    unused = torch.tensor(special_token_ids(checkpoint, _UNUSED), dtype=torch.int64, device=device)
     return SparseHead(TokenWeights(linear, unused, int(checkpoint.config["vocab_size"])), top_k)
 
 

@@ -10,6 +10,8 @@ from tritonclient.grpc import model_config_pb2
 from backends.contract import IMAGE, PipelineSpec, StageSpec, TensorSpec, entry_name, multimodal_name
 
 _HEADER = "# Written by triton-embeddings; `triton-embeddings add` writes it anew.\n"
+# Whether the Python backend copies all inputs to the host before a stage sees them; "yes" if nobody says.
+_HOST_INPUTS = "FORCE_CPU_ONLY_INPUT_TENSORS"
 
 
 def stage_config(pipeline: PipelineSpec, stage: StageSpec) -> str:
@@ -27,7 +29,12 @@ def stage_config(pipeline: PipelineSpec, stage: StageSpec) -> str:
     group.kind = {"cpu": kinds.KIND_CPU, "cuda": kinds.KIND_GPU, "auto": kinds.KIND_AUTO}[name]
     if number:
         group.gpus.append(int(number))
-    _set_parameters(config, stage.parameters)
+    parameters = dict(stage.parameters)
+    if name != "cpu":
+        # Tensors that are on a GPU stay there on their way to a stage on a GPU (python_backend's README).
+        # Without a GPU the server logs it, and that is all.
+        parameters[_HOST_INPUTS] = "no"
+    _set_parameters(config, parameters)
     return _text(config)
 
 

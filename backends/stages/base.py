@@ -74,16 +74,15 @@ class StageRequest:
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """An input as numpy, with its batch dimension; STRING elements are bytes."""
-        array: npt.NDArray[Any] = self._input(name).as_numpy()
-        return array
+        return _to_host(self._input(name))
 
     def optional_array(self, name: str) -> npt.NDArray[Any] | None:
         """An input that may be absent."""
         tensor = pb_utils.get_input_tensor_by_name(self._request, name)
-        return None if tensor is None else tensor.as_numpy()
+        return None if tensor is None else _to_host(tensor)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """An input as torch, with its batch dimension: a view of shared memory, not a copy."""
+        """An input as torch, with its batch dimension: where the stage before has put it, not a copy."""
         import torch
 
         return torch.utils.dlpack.from_dlpack(self._input(name).to_dlpack())
@@ -177,6 +176,16 @@ class Stage(ABC):
             return RequestError(
                 ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why"
             )
+
+
+def _to_host(tensor: Any) -> npt.NDArray[Any]:
+    if not tensor.is_cpu():
+        # Of a client that calls the entry directly, with memory of a GPU that it shares with the server.
+        import torch
+
+        tensor = torch.utils.dlpack.from_dlpack(tensor.to_dlpack()).cpu()
+        return tensor.numpy()  # type: ignore[no-any-return]
+    return tensor.as_numpy()  # type: ignore[no-any-return]
 
 
 def respond(request: StageRequest, answer: Answer | RequestError) -> None:

@@ -41,6 +41,8 @@ from backends.stages.base import Answer, StageContext, StageRequest
 from backends.stages.continuous import ContinuousStage, Work
 from backends.turns import Job, Piece, Places, Turns
 from backends.vision import Images
+from backends.warm_up import warm_up
+from kernels.transfer import to_device
 
 # What the activations of one pass may take on a CPU, where larger passes are slower and short requests wait
 # for them: all-MiniLM-L6-v2 in float32 runs 5 700 tokens/s in passes of 1024 tokens, 5 900 in passes of 2048,
@@ -122,7 +124,9 @@ class EncoderStage(ContinuousStage[_Work]):
             self.images = choose_image_encoder(
                 self.forward, family.vision, context.checkpoint, options, self.max_batch_tokens
             )
-        if self.device.type == "cpu":
+        if self.device.type == "cuda":
+            warm_up(self.forward, family.most_tokens(context.checkpoint))
+        else:
             self.workers = min(self.threads, _MOST_WORKERS)
         factor = _SHARING_PASSES if self.forward.shares_prefixes else 1
         self.turns = Turns(factor * self.max_batch_tokens, is_whole=self.images is not None)
@@ -195,7 +199,7 @@ class EncoderStage(ContinuousStage[_Work]):
             size = len(work.ids) if self.row is None else count
             work.hidden = result.new_empty((size, result.shape[1]))
         rows = work.tokens(piece.places) if self.row is None else piece.places
-        work.hidden.index_copy_(0, torch.from_numpy(rows).to(result.device), result)
+        work.hidden.index_copy_(0, to_device(rows, result.device), result)
         work.missing -= len(piece.places)
         return {name: work.hidden[None]} if work.missing == 0 else None
 

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from backends.contract import COUNT_OF, HIDDEN, LAST_HIDDEN, LENGTH
-from backends.device import compute_dtype, place
+from backends.device import TORCH_DTYPES, compute_dtype, has_kernels, place
 from backends.errors import RequestError
 from backends.heads import HEADS
+from backends.options import WIRE_DTYPES
 from backends.ragged import Ragged
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 from backends.trust import check_trust
@@ -42,6 +43,16 @@ class HeadStage(Stage):
         assert spec.load is not None
         check_trust(context.checkpoint, context.parameters[HEAD], options)
         self.head = spec.load(context.checkpoint, self.device, compute_dtype(options.dtype, self.device))
+        if has_kernels(self.device):
+            self._warm_up(context.checkpoint.hidden_size, TORCH_DTYPES[WIRE_DTYPES[options.dtype]])
+
+    def _warm_up(self, size: int, dtype: torch.dtype) -> None:
+        """Compiles the head's kernels, so that no request pays for it."""
+        # Of two texts with a token each there are two of everything: what an input counts need not be known.
+        hidden = Ragged(torch.ones(2, size, dtype=dtype, device=self.device), np.ones(2, np.int64))
+        extra = {name: torch.ones(2, dtype=torch.int32) for name in self.extra_inputs}
+        with torch.inference_mode():
+            self.head(hidden, extra, {})
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
         answers: list[Answer | RequestError | None] = [None] * len(batch)

@@ -7,10 +7,11 @@ import logging
 import pytest
 import torch
 
-from backends import fusion
 from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError, OptionError
 from backends.families import FAMILIES, family_of
+from backends.fusion import on_cpu
+from backends.fusion.parts import Joint, Part
 from backends.options import ServingOptions
 from backends.ragged import Ragged
 from backends.self_check import choose_forward
@@ -38,15 +39,15 @@ def test_every_product_of_every_family_is_packed(name, tmp_path):
 def test_finds_layers_by_how_they_are_put_together(name, parts, gated, residual, tmp_path):
     """The tiny models have three layers."""
     model = load_forward(Checkpoint.read(families.FAMILIES[name](tmp_path / name))).model
-    assert len(kinds(model, fusion._Part)) == parts
-    assert len(kinds(model, fusion._Gated)) == gated
-    assert len(kinds(model, fusion._Residual)) == residual
+    assert len(kinds(model, Part)) == parts
+    assert len(kinds(model, on_cpu.Gated)) == gated
+    assert len(kinds(model, on_cpu.Residual)) == residual
 
 
 def test_parts_of_one_product_belong_to_their_own_input():
     torch.manual_seed(0)
     layers = [torch.nn.Linear(8, size).requires_grad_(False) for size in (8, 4, 4)]
-    joint = fusion._Joint(PackedLinear(layers, keeps_plain=False), [8, 4, 4])
+    joint = Joint(PackedLinear(layers, keeps_plain=False), [8, 4, 4])
     first, second = torch.randn(3, 8), torch.randn(3, 8)
     # Two inputs in turn, as in cross-attention.
     got = [joint.part(i, x) for i, x in ((0, first), (1, second), (2, second))]
@@ -64,7 +65,7 @@ def test_a_model_that_means_something_else_by_these_names_stays_as_it_is(tmp_pat
         return self.LayerNorm(self.dense(hidden_states, residual=-input_tensor))
 
     plain = load_forward(checkpoint).model(ids, sequence_lengths=[9]).last_hidden_state
-    monkeypatch.setattr(fusion._Residual, "forward", wrong)
+    monkeypatch.setattr(on_cpu.Residual, "forward", wrong)
     with caplog.at_level(logging.WARNING), torch.inference_mode():
         forward = load_forward(checkpoint)
         kept = forward.model(ids, sequence_lengths=[9]).last_hidden_state

@@ -87,6 +87,17 @@ def test_the_device_becomes_a_kind_of_instance(path, device, kind):
     assert parse(stage_config(pipeline, stages(pipeline)["tokenizer"])).instance_group[0].kind == 2
 
 
+@pytest.mark.parametrize(("device", "on_gpu"), [("auto", True), ("cpu", False), ("cuda:1", True)])
+def test_hidden_states_are_handed_over_on_a_gpu(path, device, on_gpu):
+    pipeline = build(path, device=device)
+    for name, stage in stages(pipeline).items():
+        config = parse(stage_config(pipeline, stage))
+        is_left_there = on_gpu and name != "tokenizer"
+        known = {key: value.string_value for key, value in config.parameters.items()}
+        assert known.get("FORCE_CPU_ONLY_INPUT_TENSORS") == ("no" if is_left_there else None)
+        assert ServingOptions.from_parameters(known).device == device
+
+
 @pytest.mark.parametrize(
     ("make", "task", "sent"),
     [

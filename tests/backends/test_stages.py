@@ -155,6 +155,15 @@ def test_encoder_gives_each_request_its_own_hidden_states(path, dtype, wire):
     torch.testing.assert_close(hidden(together[1]), hidden(alone[2]), atol=tolerance, rtol=tolerance)
 
 
+def test_inputs_may_lie_on_a_device(path):
+    """As those of a client that shares memory of a GPU; numpy cannot read it."""
+    stage = start(EncoderStage(), path, threads="1")
+    given = encoded(stage, np.arange(5, 9))
+    there = Request({name: torch.from_numpy(value) for name, value in given.inputs.items()})
+    (expected,), (got,) = answers(stage, [given]), answers(stage, [there])
+    np.testing.assert_array_equal(got.value("hidden"), expected.value("hidden"))
+
+
 def test_a_request_of_many_texts_takes_several_turns(path):
     stage = start(EncoderStage(), path, dtype="float32", max_batch_tokens="12", threads="1")
     assert torch.get_num_threads() == 1

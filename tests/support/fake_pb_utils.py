@@ -38,7 +38,11 @@ class Tensor:
         made.value = tensor
         return made
 
+    def is_cpu(self) -> bool:
+        return isinstance(self.value, np.ndarray)
+
     def as_numpy(self) -> np.ndarray:
+        assert self.is_cpu(), "as the real one, which has no numpy for memory of a GPU"
         return self.value
 
     def to_dlpack(self) -> Any:
