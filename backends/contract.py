@@ -12,7 +12,8 @@ so nothing on the wire is ever padded:
         tokens              token_embeddings [1, t, h], token_ids [1, t]
 
 Where all heads of a pipeline read one token of each text only, the encoder gives last_hidden [1, n, h]
-instead of hidden.
+instead of hidden. Where the heads are fused into the encoder (ServingOptions.fuse_heads), it gives their
+outputs instead, and no entries of heads are there.
 
 A model of texts and images has a second ensemble, `multimodal_name`, over the same entries. An item is then a
 text, images, or both; of what it lacks its element is empty:

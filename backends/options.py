@@ -69,6 +69,11 @@ class ServingOptions:
     chat-template; None is what the checkpoint tells."""
     share_prefix: bool = True
     """Of a causal decoder, whether what several texts of a batch begin with is computed once."""
+    fuse_heads: bool = False
+    """Whether the heads run inside the encoder's process: no hidden states travel to processes of their own,
+    but the server leaves no head out for a request that does not ask for it. A head whose answer is as large
+    as the hidden states (tokens) is then served only where `task` names it.
+    """
     chat_template: str | None = None
     """The prompt of a model of texts and images: gme-qwen2-vl or qwen3-vl-embedding; None is its family's."""
     image_positions: str = "mrope"

@@ -37,6 +37,13 @@ def late_interaction(checkpoint: Checkpoint, heads: Collection[str]) -> LateInte
     return late_interaction_of(checkpoint) if "colbert" in heads else None
 
 
+def head_inputs(checkpoint: Checkpoint, heads: Collection[str]) -> tuple[str, ...]:
+    """What the heads read besides hidden states and lengths."""
+    if only_row(checkpoint, heads) is not None:
+        return ()
+    return tuple(dict.fromkeys(name for head in heads for name in HEADS[head].inputs(checkpoint)))
+
+
 def encoder_inputs(
     checkpoint: Checkpoint, heads: Collection[str], *, tells_pairs_apart: bool
 ) -> tuple[str, ...]:

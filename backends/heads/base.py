@@ -37,6 +37,7 @@ class Head(Protocol):
 
         A tensor has one row for each sequence; a Ragged has as many values of each sequence as it says.
         `inputs` holds one value [n] for each sequence or one [t] for each token, by HeadSpec.inputs.
+        Raises RequestError for parameters of which only the outputs tell that they cannot be met.
         """
 
 
@@ -60,9 +61,13 @@ class HeadSpec:
     """Tensors that the head reads besides hidden and length."""
     parameters: tuple[str, ...]
     """The request parameters that the head reads; requests that agree in them share a pass."""
-    load: Callable[[Checkpoint, torch.device, torch.dtype], Head] | None
-    """In the number format that large products are computed in. None for a head with a stage of its own."""
+    load: Callable[[Checkpoint, torch.device, torch.dtype], Head]
+    """In the number format that large products are computed in."""
     stage_class: str = "backends.stages.head.HeadStage"
+    is_bulky: bool = False
+    """Whether its answer is as large as the hidden states. Inside the encoder, where the server leaves no
+    head out, it is served only where the option `task` names it.
+    """
     is_heavy: bool = False
     """Whether it computes so much that one core would be too little."""
     check_task_name: Callable[[Checkpoint, str], None] = lambda checkpoint, name: None

@@ -33,7 +33,7 @@ from backends.contract import (
 from backends.errors import CheckpointError, OptionError
 from backends.families import family_of
 from backends.families.base import Causality, Family
-from backends.heads import HEADS, encoder_inputs, late_interaction, only_row, takes_pairs
+from backends.heads import HEADS, encoder_inputs, head_inputs, late_interaction, only_row, takes_pairs
 from backends.instruction import instruction_template
 from backends.options import WIRE_DTYPES, ServingOptions
 from backends.prompted_pairs import PromptedPairs
@@ -90,9 +90,9 @@ def build_pipeline(
     stages = (
         _tokenizer(reference, options, heads, seen),
         _encoder(reference, checkpoint, options, family, heads, seen),
-        *(_head(head, reference, checkpoint, options, heads) for head in heads),
+        *(_head(head, reference, checkpoint, options, heads) for head in heads if not options.fuse_heads),
     )
-    outputs = tuple(output for head in heads for output in HEADS[head].outputs(checkpoint))
+    outputs = _outputs(checkpoint, heads)
     account = tuple(spec for spec in stages[0].outputs if spec.name in ACCOUNT_OUTPUTS)
     pipeline = PipelineSpec(
         name=name,
@@ -167,7 +167,14 @@ def heads_of(checkpoint: Checkpoint, options: ServingOptions) -> dict[str, str]:
             f"{checkpoint.sentence_model_type}); --task embed serves its encoder as an embedding "
             "model all the same"
         )
-    return reasons
+    return _without_bulky(reasons) if options.fuse_heads else reasons
+
+
+def _without_bulky(reasons: dict[str, str]) -> dict[str, str]:
+    """The server (2.51) asks a step for all outputs that its ensemble maps, whatever the client asked for: a
+    fused head runs for every request.
+    """
+    return {name: reason for name, reason in reasons.items() if not HEADS[name].is_bulky} or reasons
 
 
 def check_wiring(pipeline: PipelineSpec) -> None:
@@ -290,15 +297,25 @@ def _encoder(
 ) -> StageSpec:
     tells_apart = family.tells_pairs_apart(checkpoint.config)
     extra = encoder_inputs(checkpoint, heads, tells_pairs_apart=tells_apart)
+    outputs: tuple[TensorSpec, ...] = (_hidden(checkpoint, options, heads),)
+    if options.fuse_heads:
+        extra = (*extra, *head_inputs(checkpoint, heads))
+        outputs = _outputs(checkpoint, heads)
+    names = dict.fromkeys((INPUT_IDS, LENGTH, *extra))
     return StageSpec(
         stage="encoder",
         stage_class="backends.stages.encoder.EncoderStage",
-        inputs=(_ROWS[INPUT_IDS], _ROWS[LENGTH], *(_ROWS[name] for name in extra), *seen),
-        outputs=(_hidden(checkpoint, options, heads),),
+        inputs=(*(_ROWS[name] for name in names), *seen),
+        outputs=outputs,
         parameters={"checkpoint": reference, "heads": ",".join(heads), **options.to_parameters()},
         device=options.device,
         instances=options.instances,
     )
+
+
+def _outputs(checkpoint: Checkpoint, heads: tuple[str, ...]) -> tuple[TensorSpec, ...]:
+    """What the heads make."""
+    return tuple(output for head in heads for output in HEADS[head].outputs(checkpoint))
 
 
 def _head(

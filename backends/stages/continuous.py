@@ -77,6 +77,12 @@ class ContinuousStage(Stage, Generic[W]):
     def keep(self, piece: Piece[W], result: Any) -> Answer | None:
         """Puts a result to those of the same request before it; the answer when it was the last."""
 
+    def finish(self, works: Sequence[W], answers: Sequence[Answer]) -> Sequence[Answer | RequestError]:
+        """What is answered to the requests that one turn has finished, in order; as it was kept, unless a
+        stage does more to it.
+        """
+        return answers
+
     def prepare(self, worker: int, *, is_alone: bool) -> None:
         """Called by a thread before it computes; `is_alone` where no other does, and nothing waits."""
 
@@ -141,11 +147,17 @@ class ContinuousStage(Stage, Generic[W]):
         return pieces
 
     def _answer(self, pieces: Sequence[Piece[W]], results: Sequence[Any]) -> None:
+        works: list[W] = []
+        kept: list[Answer] = []
         for piece, result in zip(pieces, results, strict=True):
             with self._results:
                 answer = self.keep(piece, result)
             if answer is not None:
-                self._respond(piece.job.content, answer)
+                works.append(piece.job.content)
+                kept.append(answer)
+        if works:
+            for work, finished in zip(works, self.finish(works, kept), strict=True):
+                self._respond(work, finished)
 
     def _respond(self, work: W, answer: Answer | RequestError) -> None:
         with self._results:
@@ -158,11 +170,12 @@ class ContinuousStage(Stage, Generic[W]):
         with self._news:
             self.turns.drop([job])
         whole = Piece(job, np.arange(len(job.lengths)))
-        answer: Answer | RequestError | None
+        answer: Answer | RequestError
         try:
             (result,) = self.compute([whole])
-            answer = self.keep(whole, result)
-            assert answer is not None
+            kept = self.keep(whole, result)
+            assert kept is not None
+            (answer,) = self.finish([job.content], [kept])
         except RequestError as error:
             answer = error
         except Exception:

@@ -3,14 +3,19 @@ packed passes; last_hidden [1, n, h] instead where the pipeline's heads read one
 
 With key_length [1, n] where some tokens of a sequence are not to be looked at, and first_length [1, n] where
 pairs are told apart.
+
+Where the pipeline's heads are fused into it, the encoder hands out their outputs instead of hidden states.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,13 +37,16 @@ from backends.encode_images import ImageEncoder, choose_image_encoder
 from backends.errors import RequestError
 from backends.families import family_of
 from backends.forward import Forward
-from backends.heads import encoder_inputs, only_row
+from backends.grouping import neighbours
+from backends.heads import HEADS, encoder_inputs, only_row
+from backends.heads.dense import has_own_code
 from backends.last_token import token_rows
 from backends.options import WIRE_DTYPES
 from backends.ragged import Lengths, Ragged, positions
 from backends.self_check import choose_forward
 from backends.stages.base import Answer, StageContext, StageRequest
 from backends.stages.continuous import ContinuousStage, Work
+from backends.stages.loaded_head import LoadedHead, Reading
 from backends.turns import Job, Piece, Places, Turns
 from backends.vision import Images
 from backends.warm_up import warm_up
@@ -69,6 +77,8 @@ class _Work(Work):
     """[n + 1]: where each text begins."""
     keys: Lengths | None
     firsts: Lengths | None
+    inputs: Mapping[str, torch.Tensor]
+    """What fused heads read besides the states."""
     missing: int
     """Texts without which the answer is not whole."""
     hidden: torch.Tensor | None = None
@@ -124,6 +134,15 @@ class EncoderStage(ContinuousStage[_Work]):
             self.images = choose_image_encoder(
                 self.forward, family.vision, context.checkpoint, options, self.max_batch_tokens
             )
+        self.heads: list[LoadedHead] = []
+        if options.fuse_heads:
+            one_row = self.row is not None
+            names = [name for name in HEADS if name in context.heads]
+            self.heads = [LoadedHead(n, context, self.device, reads_one_row=one_row) for n in names]
+            logger.info("the heads %s run in this process", ", ".join(names))
+        # Several threads compute; nobody knows whether a checkpoint's own code bears that.
+        is_own = has_own_code(context.checkpoint)
+        self.turn_of_heads: AbstractContextManager[Any] = threading.Lock() if is_own else nullcontext()
         if self.device.type == "cuda":
             warm_up(self.forward, family.most_tokens(context.checkpoint))
         else:
@@ -146,6 +165,9 @@ class EncoderStage(ContinuousStage[_Work]):
         torch.set_num_threads(self.threads if worker == 0 and is_alone else self.threads // self.workers)
 
     def admit(self, request: StageRequest) -> Job[_Work]:
+        wanted = self._wanted(request)
+        for head in wanted:
+            head.check(request.parameters)
         lengths: Lengths = request.array(LENGTH)[0].astype(np.int64)
         ids = request.array(INPUT_IDS)[0]
         if not len(lengths) or lengths.min() < 0 or int(lengths.sum()) != len(ids):
@@ -160,6 +182,7 @@ class EncoderStage(ContinuousStage[_Work]):
             np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
             request.array(KEY_LENGTH)[0].astype(np.int64) if self.has_key_length else None,
             request.array(FIRST_LENGTH)[0].astype(np.int64) if self.has_first_length else None,
+            {name: torch.from_numpy(request.array(name)[0]) for head in wanted for name in head.inputs},
             missing=len(lengths),
         )
         if self.images is not None:
@@ -202,6 +225,41 @@ class EncoderStage(ContinuousStage[_Work]):
         work.hidden.index_copy_(0, to_device(rows, result.device), result)
         work.missing -= len(piece.places)
         return {name: work.hidden[None]} if work.missing == 0 else None
+
+    def finish(self, works: Sequence[_Work], answers: Sequence[Answer]) -> Sequence[Answer | RequestError]:
+        if not self.heads:
+            return answers
+        name = HIDDEN if self.row is None else LAST_HIDDEN
+        states: list[torch.Tensor] = [answer[name][0] for answer in answers]
+        finished: list[Answer | RequestError] = []
+        # Requests that share a head's pass are copied for it: no more of them than a turn's tokens.
+        for group in neighbours(map(len, states), self.max_batch_tokens):
+            with self.turn_of_heads:
+                finished.extend(self._apply_heads([works[i] for i in group], [states[i] for i in group]))
+        return finished
+
+    def _apply_heads(
+        self, works: Sequence[_Work], states: Sequence[torch.Tensor]
+    ) -> list[Answer | RequestError]:
+        merged: list[Answer | RequestError] = [{} for _ in works]
+        readings = [self._reading(work, rows) for work, rows in zip(works, states, strict=True)]
+        wanted = [self._wanted(work.request) for work in works]
+        for head in self.heads:
+            askers = [i for i in range(len(works)) if head in wanted[i]]
+            for i, answer in zip(askers, head([readings[i] for i in askers]), strict=True):
+                before = merged[i]
+                if isinstance(before, RequestError):
+                    continue
+                merged[i] = answer if isinstance(answer, RequestError) else before | answer
+        return merged
+
+    def _reading(self, work: _Work, hidden: torch.Tensor) -> Reading:
+        lengths = np.diff(work.offsets) if self.row is None else np.ones(len(hidden), np.int64)
+        return Reading(work.request.parameters, hidden, lengths, work.inputs)
+
+    def _wanted(self, request: StageRequest) -> list[LoadedHead]:
+        """The heads of which the request gets an output; in an ensemble that is all of them."""
+        return [head for head in self.heads if head.outputs & request.wanted]
 
 
 def _way(forward: Forward) -> str:

@@ -17,10 +17,9 @@ from backends.contract import (
     INPUT_IDS,
     TOKEN_EMBEDDINGS,
     TOKEN_IDS,
-    ErrorCode,
-    RequestParameter,
 )
 from backends.errors import RequestError
+from backends.heads.tokens import check_normalize
 from backends.options import WIRE_DTYPES
 from backends.stages.base import Answer, Stage, StageContext, StageRequest
 
@@ -35,11 +34,10 @@ class TokensStage(Stage):
         return [self._answer(request) for request in batch]
 
     def _answer(self, request: StageRequest) -> Answer | RequestError:
-        normalize = request.parameters.get(RequestParameter.NORMALIZE, False)
-        if not isinstance(normalize, bool):
-            return RequestError(
-                ErrorCode.INVALID_INPUT, f"normalize is {normalize!r}; it takes true or false"
-            )
+        try:
+            normalize = check_normalize(request.parameters)
+        except RequestError as error:
+            return error
         values = self._hidden(request)
         if normalize:
             values = values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)

@@ -93,6 +93,15 @@ SharePrefix = Annotated[
         help="Whether a causal decoder computes once what several texts begin with. Default: it does.",
     ),
 ]
+FuseHeads = Annotated[
+    bool | None,
+    typer.Option(
+        "--fuse-heads/--no-fuse-heads",
+        help="Run the heads inside the encoder's process: no hidden states travel between processes, but a "
+        "request computes all of the model's heads, so give --task where one is enough. The vectors of all "
+        "tokens (/embed_all) are then served only with --task tokens. Default: each head has a process.",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Let code that a checkpoint brings run.")
 ]
@@ -174,6 +183,7 @@ def add(
     causal: Causal = None,
     rerank_prompt: RerankPrompt = None,
     share_prefix: SharePrefix = None,
+    fuse_heads: FuseHeads = None,
     chat_template: ChatTemplate = None,
     image_positions: ImagePositions = None,
     min_image_tokens: MinImageTokens = None,
@@ -277,6 +287,7 @@ def serve(
     causal: Causal = None,
     rerank_prompt: RerankPrompt = None,
     share_prefix: SharePrefix = None,
+    fuse_heads: FuseHeads = None,
     chat_template: ChatTemplate = None,
     image_positions: ImagePositions = None,
     min_image_tokens: MinImageTokens = None,

@@ -6,13 +6,20 @@ from backends.options import ServingOptions
 
 def test_parameters_hold_only_what_differs_and_come_back_the_same():
     assert ServingOptions().to_parameters() == {}
-    options = ServingOptions(dtype="bfloat16", max_length=99, trust_remote_code=True, served_model_name="a/b")
+    options = ServingOptions(
+        dtype="bfloat16",
+        max_length=99,
+        trust_remote_code=True,
+        served_model_name="a/b",
+        fuse_heads=True,
+    )
     parameters = options.to_parameters()
     assert parameters == {
         "dtype": "bfloat16",
         "max_length": "99",
         "trust_remote_code": "true",
         "served_model_name": "a/b",
+        "fuse_heads": "true",
     }
     assert ServingOptions.from_parameters({**parameters, "checkpoint": "x"}) == options
 

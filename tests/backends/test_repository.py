@@ -118,6 +118,77 @@ def test_one_token_of_each_text_is_sent_where_no_head_reads_more(tmp_path, make,
     assert head.parameters.get("reads") == (sent if sent == "last_hidden" else None)
 
 
+@pytest.mark.parametrize(
+    ("make", "task", "read", "made"),
+    [
+        (
+            checkpoints.bge_m3,
+            None,
+            [],
+            ["dense", "sparse_indices", "sparse_weights", "sparse_count", "token_vectors", "vector_count"],
+        ),
+        (checkpoints.bge_m3, "embed", [], ["dense"]),
+        (checkpoints.bge_m3, "tokens", [], ["token_embeddings", "token_ids"]),
+        (checkpoints.pylate, None, ["key_length"], ["token_vectors", "vector_count"]),
+        (decoders.qwen3_reranker, None, [], ["logits"]),
+        (lambda path: checkpoints.classifier(path, checkpoints.bert), None, ["first_length"], ["logits"]),
+        (
+            lambda path: sentence_transformer(path, {**MEAN, "include_prompt": False}),
+            None,
+            ["prompt_length"],
+            ["dense"],
+        ),
+    ],
+)
+def test_fused_heads_are_outputs_of_the_encoder(tmp_path, make, task, read, made):
+    path = make(tmp_path / "c")
+    pipeline = build(path, task=task, fuse_heads=True)
+    assert list(stages(pipeline)) == ["tokenizer", "encoder"]
+    encoder = parse(stage_config(pipeline, stages(pipeline)["encoder"]))
+    assert [tensor.name for tensor in encoder.input] == ["input_ids", "length", *read]
+    assert all(tensor.allow_ragged_batch for tensor in encoder.input)
+    assert [tensor.name for tensor in encoder.output] == made
+    assert encoder.parameters["fuse_heads"].string_value == "true"
+    ensemble = parse(ensemble_config(pipeline))
+    steps = {step.model_name: step for step in ensemble.ensemble_scheduling.step}
+    assert list(steps) == ["tiny.tokenizer", "tiny.encoder"]
+    assert dict(steps["tiny.encoder"].output_map) == {name: name for name in made}
+    assert [tensor.name for tensor in ensemble.output] == [*made, "n_tokens", "truncated"]
+    plain = parse(ensemble_config(build(path, task=task)))
+    own = {tensor.name: tensor for tensor in plain.output}
+    assert all(tensor == own[tensor.name] for tensor in ensemble.output), "types and shapes are the same"
+
+
+def test_every_token_s_vector_is_fused_only_when_it_is_asked_for(path):
+    """The server would have it computed and sent for every request."""
+    assert build(path).parameters["tasks"] == "embed,tokens"
+    assert build(path, fuse_heads=True).parameters["tasks"] == "embed"
+    assert build(path, fuse_heads=True, task="tokens").parameters["tasks"] == "tokens"
+
+
+def test_a_model_of_images_is_fused_in_both_ensembles(tmp_path):
+    pipeline = build(multimodal.gme(tmp_path / "gme"), "gme", fuse_heads=True)
+    second = parse(multimodal_config(pipeline))
+    assert [step.model_name for step in second.ensemble_scheduling.step] == [
+        "gme.image",
+        "gme.tokenizer",
+        "gme.encoder",
+    ]
+    assert dict(second.ensemble_scheduling.step[2].output_map) == {"dense": "dense"}
+
+
+def test_writing_again_with_fused_heads_takes_theirs_away_and_brings_them_back(tmp_path, path):
+    repository = tmp_path / "models"
+    write(repository, build(path))
+    plain = {entry.name for entry in repository.iterdir()}
+    write(repository, build(path, fuse_heads=True))
+    assert {entry.name for entry in repository.iterdir()} == {"tiny", "tiny.tokenizer", "tiny.encoder"}
+    (entry,) = list_pipelines(repository)
+    assert entry.options == ServingOptions(fuse_heads=True)
+    write(repository, build(path))
+    assert {entry.name for entry in repository.iterdir()} == plain
+
+
 def test_unread_tensors_are_not_wired(path):
     def mapped(pipeline):
         step = parse(ensemble_config(pipeline)).ensemble_scheduling.step

@@ -9,6 +9,7 @@ import torch
 from backends import device
 from backends.checkpoint import Checkpoint
 from backends.stages.head import HeadStage
+from backends.stages.loaded_head import LoadedHead
 from backends.warm_up import passes, warm_up
 from kernels.varlen_attention import choose_block
 from tests.backends.test_stages import start
@@ -53,7 +54,8 @@ def test_a_model_of_few_positions_that_shares_prefixes_runs_all_passes(tmp_path,
 def test_a_head_runs_at_load(head, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "_KERNEL_DEVICES", {DEVICE.type})
     calls = []
-    plain = HeadStage._warm_up
-    monkeypatch.setattr(HeadStage, "_warm_up", lambda self, *a: calls.append(a) or plain(self, *a))
+    plain = LoadedHead._warm_up
+    monkeypatch.setattr(LoadedHead, "_warm_up", lambda self, *a: calls.append(a) or plain(self, *a))
     start(HeadStage(), checkpoints.bge_m3(tmp_path / "c"), head=head, device="cpu")
-    assert calls == [(32, torch.float32)]
+    ((hidden,),) = calls
+    assert (hidden.shape, hidden.dtype) == ((2, 32), torch.float32)

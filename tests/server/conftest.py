@@ -104,11 +104,17 @@ def classifiers(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def serving_classifiers(tmp_path_factory, classifiers, kinds):
-    """Everything in that folder, in float32, and two embedding models."""
+    """Everything in that folder, in float32, and an embedding model; a classifier and the embedding model
+    with fused heads, too.
+    """
     folder = tmp_path_factory.mktemp("serving-classifiers")
     for path in sorted(classifiers.iterdir()):
         models.add(folder / "models", str(path), path.name, {"dtype": "float32"})
-    models.add(folder / "models", str(kinds / "bge-m3"), "bge-m3", {"dtype": "float32", "task": "BGE_M3"})
+    embedding = {"dtype": "float32", "task": "BGE_M3"}
+    models.add(folder / "models", str(kinds / "bge-m3"), "bge-m3", embedding)
+    fused = {"dtype": "float32", "fuse_heads": True}
+    models.add(folder / "models", str(kinds / "bge-m3"), "bge-m3-fused", fused)
+    models.add(folder / "models", str(classifiers / "multi-class"), "multi-class-fused", fused)
     with serve(
         folder / "output", "--model-repository", folder / "models", GATEWAY_CANARY_INTERVAL_S="60"
     ) as running:
