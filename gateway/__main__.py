@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import uvicorn
+from fastapi import FastAPI
 
 from gateway.app import create_app
 from gateway.settings import Settings
@@ -12,15 +13,28 @@ from gateway.settings import Settings
 logger = logging.getLogger(__name__)
 
 
-def main() -> None:
-    """Serves until SIGTERM or Ctrl-C, then finishes the requests that it has accepted."""
+def application() -> FastAPI:
+    """The application of one worker."""
     settings = Settings()
+    _log(settings)
+    return create_app(settings)
+
+
+def _log(settings: Settings) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+
+
+def main() -> None:
+    """Serves until SIGTERM or Ctrl-C, then finishes the requests that it has accepted."""
+    settings = Settings()
+    _log(settings)
     logger.info("listening on %s:%d, inference server %s", settings.host, settings.port, settings.server)
     uvicorn.run(
-        create_app(settings),
+        "gateway.__main__:application",
+        factory=True,
+        workers=settings.workers,
         host=settings.host,
         port=settings.port,
         loop="uvloop",

@@ -17,6 +17,8 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(30000, ge=0, le=65535)
+    workers: int = Field(1, ge=1, le=64)
+    """Processes that answer HTTP on the port; what is limited is limited for each."""
     server: str = "127.0.0.1:8001"
     """host:port of the inference server's gRPC interface."""
     max_body_bytes: int = Field(32 * 2**20, ge=1)
