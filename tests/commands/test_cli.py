@@ -81,6 +81,13 @@ def test_decoders_are_added_with_their_reasons_and_options(tmp_path):
     assert parse(config).parameters["share_prefix"].string_value == "false"
     config = (repository / "causal.encoder" / "config.pbtxt").read_text()
     assert parse(config).parameters["causal"].string_value == "true"
+    fused = add("gte", "--name", "fused", "--fuse-heads")
+    assert [line.split()[0] for line in fused.stdout.splitlines()] == ["added", "embed"]
+    assert {entry.name for entry in repository.glob("fused*")} == {
+        "fused",
+        "fused.tokenizer",
+        "fused.encoder",
+    }
     bert(tmp_path / "bert")
     refused = run("add", "bert", "--no-causal", "--model-repository", repository, folder=tmp_path)
     one_line_error(refused, "bert models are encoders, whose tokens look both ways; leave --causal and")

@@ -23,7 +23,8 @@ OUTPUTS = (
     "n_tokens",
     "truncated",
 )
-# The same states in the same passes; only the number of threads differs.
+# Mostly they are equal bit by bit. A pass on one core and one on two add up in another order, whichever
+# pipeline it is: of raw vectors 12 long one and the same encoder's components differ by up to 2e-6.
 TOLERANCE = 1e-6
 
 
@@ -47,7 +48,8 @@ def test_the_same_vectors_as_from_heads_in_processes_of_their_own(client, parame
     got = ask(client, "bge-m3-fused", OUTPUTS, **parameters)
     expected = ask(client, "bge-m3", OUTPUTS, **parameters)
     for name in OUTPUTS:
-        np.testing.assert_allclose(got[name], expected[name], atol=TOLERANCE, err_msg=name)
+        size = max(1, np.abs(expected[name]).max())
+        np.testing.assert_allclose(got[name], expected[name], atol=TOLERANCE * size, err_msg=name)
     assert got["dense"].shape == (len(TEXTS), parameters.get("dimensions", 32))
     if "top_k" in parameters:
         assert got["sparse_count"].max() == 2
