@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from recording import append, in_turn, spread
 
+from backends.device import compute_dtype
+
 Embed = Callable[[], np.ndarray[Any, Any]]
 REFERENCE = "sentence-transformers float32"
 
@@ -59,7 +61,10 @@ def main() -> None:
     ids = model.tokenize(model.texts(given.texts))
     batches = model.padded_batches(ids, given.batch)
     cases: dict[str, Embed] = {REFERENCE: sentence_transformers(batches, torch.float32)}
-    cases["sentence-transformers bfloat16"] = sentence_transformers(batches, torch.bfloat16)
+    if compute_dtype("auto", model.CPU) is torch.bfloat16:
+        cases["sentence-transformers bfloat16"] = sentence_transformers(batches, torch.bfloat16)
+    else:
+        print("sentence-transformers in bfloat16 is left out: this processor has no instructions for it")
     for kind in ("float32", *minilm_onnx.INT8):
         embed = minilm_onnx.embedder(kind)
         cases[f"onnxruntime {kind}"] = lambda embed=embed: embed(batches)  # type: ignore[misc]
