@@ -25,3 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first, so that the processes that share the files end together."""
+    items.sort(key=lambda item: ROOT / "tests" / "server" not in item.path.parents)
