@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer, Spars
 
 from tests.server.conftest import LONG
 from tests.support.oracle import ask
+from tests.support.server import wait_until
 
 TEXTS = [
     "what is the value",
@@ -267,11 +270,22 @@ def test_sixty_requests_of_three_kinds_share_the_encoder(serving_kinds, flag):
             )[0],
         )
 
-    # Something long first, so that the sixty wait together behind it.
-    with ThreadPoolExecutor(61) as pool:
-        long = pool.submit(embeddings, serving_kinds, "/v1/embeddings/dense", ["the value of it " * 1500])
-        answers = list(pool.map(client, range(60)))
-        long.result()
+    def tokenized():
+        return executions(serving_kinds)["tokenizer"][0] - before["tokenizer"][0]
+
+    # The encoder is halted until all sixty wait for it.
+    (stub,) = [
+        pid
+        for pid, line in serving_kinds.descendants().items()
+        if "stub" in line and "bge-m3.encoder" in line
+    ]
+    os.kill(stub, signal.SIGSTOP)
+    with ThreadPoolExecutor(60) as pool:
+        answers = pool.map(client, range(60))
+        try:
+            wait_until(lambda: tokenized() == 60, "sixty tokenized requests", 60)
+        finally:
+            os.kill(stub, signal.SIGCONT)
     for kind, text, got in answers:
         if kind == "sparse":
             assert got == pytest.approx(flag["sparse"][text], abs=TOLERANCE)
@@ -279,8 +293,8 @@ def test_sixty_requests_of_three_kinds_share_the_encoder(serving_kinds, flag):
             np.testing.assert_allclose(got, flag[kind][text], atol=TOLERANCE)
     after = executions(serving_kinds)
     requests, batches = (after["encoder"][i] - before["encoder"][i] for i in (0, 1))
-    assert requests == 61
-    assert batches <= 30, f"{batches} encoder batches for 61 requests"
+    assert requests == 60
+    assert batches <= 10, f"{batches} encoder batches for 60 requests"
 
 
 def test_texts_of_3_and_of_8192_tokens_in_one_batch(serving_kinds, kinds, flag):
