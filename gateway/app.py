@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib.metadata
 import logging
+import math
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,12 +18,14 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from gateway.catalog import Catalog
+from gateway.context import current
 from gateway.endpoints import DEFAULT_DIALECT, DIALECTS
 from gateway.endpoints.dialect import Services
 from gateway.error_bodies import ErrorStyle
 from gateway.errors import BadRequest, GatewayError, ServerFault
 from gateway.images import ImageLoader
 from gateway.inference import GrpcInference, Inference
+from gateway.middleware.request_id import HEADER, RequestId
 from gateway.readiness import Readiness
 from gateway.scoring import Scorer
 from gateway.settings import Settings
@@ -83,6 +86,8 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     )
     for name, dialect in DIALECTS.items():
         app.include_router(dialect.router, tags=[name])
+    # The last one added is the first that a request passes.
+    app.add_middleware(RequestId)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(HTTPException, _answer_http_error)
@@ -127,8 +132,13 @@ def _respond(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     extra = dict(headers or {})
+    if (context := current()) is not None:
+        # What fails unexpectedly is answered outside of all middleware.
+        extra[HEADER] = context.request_id
     if error.retry_after_s is not None:
-        extra["Retry-After"] = str(error.retry_after_s)
+        extra["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        extra["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
+        extra["x-should-retry"] = "true"
     return respond(_style(request).render(error), status, extra)
 
 

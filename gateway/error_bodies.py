@@ -12,10 +12,13 @@ from gateway.errors import (
     BadRequest,
     BodyTooLarge,
     EmptyInput,
+    Forbidden,
     GatewayError,
     RefusedItem,
     ServerFault,
     TimedOut,
+    TooManyRequests,
+    Unauthorized,
     Unavailable,
     UnknownModel,
     WrongTask,
@@ -36,11 +39,18 @@ def _openai_error(error: GatewayError, field: str = "input") -> dict[str, Any]:
     message, param = error.message, error.param
     if isinstance(error, RefusedItem):
         message, param = error.explain(field), error.blame(field)
-    kind = "server_error" if isinstance(error, ServerFault) else "invalid_request_error"
+    kind = next(name for cls, name in _OPENAI_TYPES if isinstance(error, cls))
     code = error.code or _OPENAI_CODES.get(type(error))
     return {"message": message, "type": kind, "param": param, "code": code}
 
 
+_OPENAI_TYPES: tuple[tuple[type[GatewayError], str], ...] = (
+    (Unauthorized, "authentication_error"),
+    (Forbidden, "permission_error"),
+    (TooManyRequests, "rate_limit_error"),
+    (BadRequest, "invalid_request_error"),
+    (GatewayError, "server_error"),
+)
 _OPENAI_CODES: dict[type[GatewayError], str] = {
     BodyTooLarge: "body_too_large",
     AnswerTooLarge: "answer_too_large",
@@ -75,6 +85,7 @@ in one body.
 
 
 _RTP_LLM_CODES: tuple[tuple[type[GatewayError], int, str], ...] = (
+    (TooManyRequests, 409, "CONCURRENCY_LIMIT_ERROR"),
     (BadRequest, 507, "ERROR_INPUT_FORMAT_ERROR"),
     (Unavailable, 514, "UNKNOWN_ERROR"),
     (TimedOut, 514, "UNKNOWN_ERROR"),
@@ -104,6 +115,9 @@ _TEI_KINDS: tuple[tuple[type[GatewayError], int, str], ...] = (
     (UnknownModel, 404, "Validation"),
     (BodyTooLarge, 413, "Validation"),
     (AnswerTooLarge, 413, "Validation"),
+    (Unauthorized, 401, "Validation"),
+    (Forbidden, 403, "Validation"),
+    (TooManyRequests, 429, "Overloaded"),
     (BadRequest, 422, "Validation"),
     (Unavailable, 503, "Unhealthy"),
     (TimedOut, 504, "Backend"),

@@ -8,6 +8,9 @@ GatewayError
   |     +-- BodyTooLarge   413
   |     +-- AnswerTooLarge 413
   |     +-- RefusedItem    400
+  |     +-- Unauthorized   401
+  |     +-- Forbidden      403
+  |     +-- TooManyRequests 429 try again later
   +-- ServerFault          500  a fault on this side; what it was stands in the log only
         +-- Unavailable    503  try again soon
         +-- TimedOut       504
@@ -40,7 +43,8 @@ class GatewayError(Exception):
     """Base of all errors that clients see. Its text is written for the person behind the client."""
 
     status: ClassVar[int] = 500
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: float | None = None
+    """When it may be worth trying again; None where it is not."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -83,6 +87,28 @@ class BodyTooLarge(BadRequest):
     status = 413
 
 
+class Unauthorized(BadRequest):
+    """No key, or one that is not known."""
+
+    status = 401
+
+
+class Forbidden(BadRequest):
+    """A key that may not do this."""
+
+    status = 403
+
+
+class TooManyRequests(BadRequest):
+    """More than is taken in at the moment, of everybody or of this key."""
+
+    status = 429
+
+    def __init__(self, message: str, *, retry_after_s: float, code: str = "rate_limit_exceeded") -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+
+
 class ServerFault(GatewayError):
     """Something failed on this side."""
 
@@ -91,7 +117,7 @@ class Unavailable(ServerFault):
     """The inference server cannot be reached, or the model is not loaded."""
 
     status = 503
-    retry_after_s = 1
+    retry_after_s = 1.0
 
 
 class TimedOut(ServerFault):

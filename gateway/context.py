@@ -1,0 +1,47 @@
+"""What is known of the HTTP request that runs: its name in logs, who asks, how urgent it is, and until when.
+
+It belongs to the task that answers the request, and to those that this one starts, so that nothing has to
+hand it down.
+"""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Lane(StrEnum):
+    """How urgent a request is."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+
+@dataclass
+class RequestContext:
+    """Of one HTTP request."""
+
+    request_id: str
+    received_at: float = field(default_factory=time.monotonic)
+    """time.monotonic() of its first byte."""
+    lane: Lane | None = None
+    """None leaves it to the request's size."""
+    deadline: float | None = None
+    """time.monotonic() after which nobody wants an answer."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds that each phase took, as far as it is known by now."""
+
+
+_current: ContextVar[RequestContext | None] = ContextVar("request_context", default=None)
+
+
+def current() -> RequestContext | None:
+    """Of the request that runs; None outside of one, as in a canary."""
+    return _current.get()
+
+
+def enter(context: RequestContext) -> None:
+    """Makes it the one of this task, and of those that it starts from now on."""
+    _current.set(context)
