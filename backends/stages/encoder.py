@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from backends import shared_prefix
 from backends.contract import (
     FIRST_LENGTH,
     GRID,
@@ -61,8 +62,8 @@ _LEAST_CPU_TOKENS = 1024
 # Passes that run side by side on a CPU, each on part of the cores: 6 850 tokens/s in two passes of one core
 # each, 5 960 in one pass on both. With more of them Python itself becomes the limit.
 _MOST_WORKERS = 4
-# Of texts that begin alike a turn may hold so many passes: what is shared is computed once in each.
-_SHARING_PASSES = 4
+# To fill a turn with texts that begin alike so many budgets are looked at: what is shared counts once.
+_SHARING_REACH = 4
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +85,13 @@ class _Work(Work):
     hidden: torch.Tensor | None = None
     """[t, h], or [n, h] where one token of each text is read; None where nothing was done yet."""
 
+    def lengths(self, places: Places) -> Lengths:
+        """Tokens of some of the texts."""
+        return (self.offsets[1:] - self.offsets[:-1])[places]
+
     def tokens(self, places: Places) -> Lengths:
         """[u]: where the tokens of some of the texts are."""
-        lengths = (self.offsets[1:] - self.offsets[:-1])[places]
+        lengths = self.lengths(places)
         return np.repeat(self.offsets[places], lengths) + positions(lengths)
 
 
@@ -147,8 +152,10 @@ class EncoderStage(ContinuousStage[_Work]):
             warm_up(self.forward, family.most_tokens(context.checkpoint))
         else:
             self.workers = min(self.threads, _MOST_WORKERS)
-        factor = _SHARING_PASSES if self.forward.shares_prefixes else 1
-        self.turns = Turns(factor * self.max_batch_tokens, is_whole=self.images is not None)
+        if self.forward.shares_prefixes and self.images is None:
+            self.turns = Turns(self.max_batch_tokens, reach=_SHARING_REACH, measure=_count_distinct)
+        else:
+            self.turns = Turns(self.max_batch_tokens, is_whole=self.images is not None)
         logger.info(
             "%s on %s in %s, %s, %d threads",
             family.name,
@@ -193,11 +200,8 @@ class EncoderStage(ContinuousStage[_Work]):
     def compute(self, pieces: Sequence[Piece[_Work]]) -> list[torch.Tensor]:
         """Hidden states [t, h] of each piece, or [n, h] where one token of each text is read."""
         works = [piece.job.content for piece in pieces]
-        ids = [
-            work.ids[torch.from_numpy(work.tokens(p.places))] for work, p in zip(works, pieces, strict=True)
-        ]
-        lengths = [np.diff(work.offsets)[p.places] for work, p in zip(works, pieces, strict=True)]
-        tokens = Ragged(torch.cat(ids), np.concatenate(lengths))
+        lengths = [piece.job.content.lengths(piece.places) for piece in pieces]
+        tokens = _tokens(pieces)
         rows = None if self.row is None else token_rows(self.row, tokens, self.checkpoint)
         with torch.inference_mode():
             if self.images is not None:
@@ -260,6 +264,20 @@ class EncoderStage(ContinuousStage[_Work]):
     def _wanted(self, request: StageRequest) -> list[LoadedHead]:
         """The heads of which the request gets an output; in an ensemble that is all of them."""
         return [head for head in self.heads if head.outputs & request.wanted]
+
+
+def _tokens(pieces: Sequence[Piece[_Work]]) -> Ragged:
+    """The ids of all pieces, end to end."""
+    works = [piece.job.content for piece in pieces]
+    ids = [work.ids[torch.from_numpy(work.tokens(p.places))] for work, p in zip(works, pieces, strict=True)]
+    lengths = [work.lengths(p.places) for work, p in zip(works, pieces, strict=True)]
+    return Ragged(torch.cat(ids), np.concatenate(lengths))
+
+
+def _count_distinct(pieces: Sequence[Piece[_Work]]) -> int:
+    """Tokens that are computed for the pieces, shared ones counted once."""
+    tokens = _tokens(pieces)
+    return shared_prefix.count_distinct(tokens.values.numpy(), tokens.lengths)
 
 
 def _way(forward: Forward) -> str:
