@@ -24,8 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-Ranges = tuple[tuple[int, int], ...]
-"""Places in the packed row, from and to."""
+from kernels.attention_plan import Ranges, largest_block, last_plan
 
 # transformers gives special treatment to names that hold "flash", "sdpa", "flex_attention", "paged|" or "/".
 NAME = "packed"
@@ -77,11 +76,11 @@ def packed_attention(
         from kernels import varlen_attention
 
         if varlen_attention.takes(query, key, value):
-            plan = varlen_attention.last_plan.get(
+            plan = last_plan.get(
                 (sequence_lengths, key_lengths, prefixes),
                 device=query.device,
                 causal=causal,
-                max_block=varlen_attention.largest_block(query.shape[-1], query.dtype),
+                max_block=largest_block(query.shape[-1], query.dtype),
             )
             # [1, H, t, D] -> [t, H, D], views
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
