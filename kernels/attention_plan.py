@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +98,13 @@ def make_plan(
     )
 
 
+class Plans(Protocol):
+    """Where the attention of each layer has its plan from."""
+
+    def get(self, lengths: LengthsOfPass, *, device: torch.device, causal: bool, max_block: int) -> Plan:
+        """As `make_plan`."""
+
+
 class LastPlan:
     """Keeps the plan of the pass that runs: all its layers come with the very same lengths."""
 
@@ -116,6 +124,75 @@ class LastPlan:
 
 
 last_plan = LastPlan()
+
+
+class FixedPlans:
+    """Plans for a row of always the same `n_tokens`, whose tables stay where they are: a CUDA graph reads
+    them.
+
+    Tokens behind the last sequence belong to none: nothing is computed for them, and what stands in their
+    rows of the answer is left as it was.
+    """
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+        self._lengths: Sequence[int] = ()
+        self._plans: dict[tuple[bool, int], Plan] = {}
+
+    def fill(self, lengths: Sequence[int]) -> None:
+        """The sequences of the next pass, none of them empty. Raises ValueError for such as need other blocks
+        than those before, or more than there are.
+        """
+        self._lengths = lengths
+        for facts, plan in self._plans.items():
+            new = self._make(*facts)
+            if new.block != plan.block:
+                raise ValueError(
+                    f"these lengths need blocks of {new.block}, the plan has blocks of {plan.block}"
+                )
+            plan.table.copy_(to_device(new.table, plan.table.device))
+
+    def get(self, lengths: LengthsOfPass, *, device: torch.device, causal: bool, max_block: int) -> Plan:
+        """The plan for what `fill` was given, whatever the pass says."""
+        facts = (causal, max_block)
+        if facts not in self._plans:
+            new = self._make(*facts)
+            self._plans[facts] = replace(new, table=to_device(new.table, device))
+        return self._plans[facts]
+
+    def _make(self, causal: bool, max_block: int) -> Plan:
+        host = torch.device("cpu")
+        plan = make_plan(self._lengths, device=host, causal=causal, max_block=max_block)
+        return _pad(plan, self.n_tokens, most_blocks(self.n_tokens, plan.block))
+
+
+def most_blocks(n_tokens: int, block: int) -> int:
+    """Blocks of a plan of fixed size: of `choose_block`'s only the smallest may be so empty that they are too
+    few.
+    """
+    return 2 * n_tokens // block
+
+
+def count_blocks(lengths: npt.NDArray[np.int64], block: int) -> int:
+    """Blocks that sequences of these lengths need."""
+    return int((-(-lengths // block)).sum())
+
+
+def _pad(plan: Plan, n_tokens: int, n_blocks: int) -> Plan:
+    """A plan on the host with so many blocks, for a row of so many tokens."""
+    old = plan.table.numpy()
+    blocks, ranges = old[: 5 * plan.n_blocks].reshape(-1, 5), old[5 * plan.n_blocks :].reshape(-1, 3)
+    if plan.n_blocks > n_blocks or len(ranges) > n_blocks or plan.n_tokens > n_tokens or plan.has_prefixes:
+        raise ValueError(
+            f"{plan.n_blocks} blocks of {plan.n_tokens} tokens do not fit {n_blocks} of {n_tokens}, or have "
+            "prefixes"
+        )
+    table = np.zeros(5 * n_blocks + 3 * (n_blocks + 1), np.int32)
+    # A block that ends where it begins stores nothing, and looks at the last range, which has no keys.
+    table[: 5 * n_blocks].reshape(-1, 5)[:] = (0, 0, 0, len(table) - 3, 1)
+    table[: blocks.size] = (blocks + np.array([0, 0, 0, 5 * (n_blocks - plan.n_blocks), 0])).ravel()
+    table[5 * n_blocks : 5 * n_blocks + ranges.size] = ranges.ravel()
+    return Plan(torch.from_numpy(table), n_blocks, plan.block, n_tokens, n_tokens, has_prefixes=False)
 
 
 def _ranges(
@@ -141,8 +218,7 @@ def choose_block(lengths: npt.NDArray[np.int64], max_block: int) -> int:
     """Queries of a block: the largest of which few rows are empty."""
     total = int(lengths.sum())
     for rows in sorted((rows for rows in BLOCKS if rows <= max_block), reverse=True):
-        computed = int((-(-lengths // rows)).sum()) * rows
-        if total >= (1 - _MAX_EMPTY) * computed:
+        if total >= (1 - _MAX_EMPTY) * count_blocks(lengths, rows) * rows:
             break
     return rows
 
