@@ -58,7 +58,7 @@ class CudaCapture:
                 run()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Only this thread must do nothing else meanwhile: others go on taking requests in.
+            # Other threads may use the device meanwhile, as a head in this process does.
             with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
                 out = run()
 
