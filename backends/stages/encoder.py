@@ -37,7 +37,8 @@ from backends.encode import encode
 from backends.encode_images import ImageEncoder, choose_image_encoder
 from backends.errors import RequestError
 from backends.families import family_of
-from backends.forward import Forward
+from backends.forward import Forward, PackedForward
+from backends.graphs import GraphedForward
 from backends.grouping import neighbours
 from backends.heads import HEADS, encoder_inputs, only_row
 from backends.heads.dense import has_own_code
@@ -126,7 +127,7 @@ class EncoderStage(ContinuousStage[_Work]):
             self.max_batch_tokens = min(self.max_batch_tokens, most)
         self.wire_dtype = TORCH_DTYPES[WIRE_DTYPES[options.dtype]]
         is_causal = causality is not None and causality.is_causal
-        self.forward = choose_forward(
+        plain = choose_forward(
             load,
             family,
             dict(config),
@@ -134,6 +135,9 @@ class EncoderStage(ContinuousStage[_Work]):
             shares_prefixes=options.share_prefix and is_causal,
             in_int8=in_int8,
         )
+        self.forward = plain
+        if options.cuda_graphs and self.device.type == "cuda" and isinstance(plain, PackedForward):
+            self.forward = GraphedForward(plain)
         self.images: ImageEncoder | None = None
         if family.vision is not None:
             self.images = choose_image_encoder(
@@ -149,7 +153,7 @@ class EncoderStage(ContinuousStage[_Work]):
         is_own = has_own_code(context.checkpoint)
         self.turn_of_heads: AbstractContextManager[Any] = threading.Lock() if is_own else nullcontext()
         if self.device.type == "cuda":
-            warm_up(self.forward, family.most_tokens(context.checkpoint))
+            warm_up(plain, family.most_tokens(context.checkpoint))
         else:
             self.workers = min(self.threads, _MOST_WORKERS)
         if self.forward.shares_prefixes and self.images is None:
@@ -284,7 +288,8 @@ def _way(forward: Forward) -> str:
     """How it runs, in a line of the log."""
     if not forward.is_packed:
         return "padded"
-    return "packed, shared prefixes once" if forward.shares_prefixes else "packed"
+    shares = ", shared prefixes once" if forward.shares_prefixes else ""
+    return f"packed{shares}{', CUDA graphs' if isinstance(forward, GraphedForward) else ''}"
 
 
 def _images(batch: Sequence[StageRequest]) -> Images:
