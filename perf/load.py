@@ -66,7 +66,8 @@ async def _run(
                 faults.append(str(error) or type(error).__name__)
                 return
             if answer.status != 200:
-                faults.append(f"{answer.status} {content[:200].decode(errors='replace')}")
+                words = content[:200].decode(errors="replace").split()
+                faults.append(" ".join([str(answer.status), *words]))
                 return
             latencies.append(time.perf_counter() - sent)
 

@@ -46,8 +46,9 @@ def minilm(stack: contextlib.ExitStack) -> Path:
 def ours(given: argparse.Namespace, *checkpoint: str | Path) -> Iterator[Serving]:
     """This project's server with the given checkpoints, or with the default model."""
     if os.nice(0) > 0:
-        # Requests in a process that gets no processor for a second fail, and the server with them (2.51).
-        print("warning: of low priority on a busy machine servers answer 503; run this without nice")
+        # A process that gets no processor for a second while it is handed a request is dead to the server
+        # (2.51), which tends to end itself when the process goes on.
+        print("warning: of low priority on a busy machine servers answer 503 or 504; run this without nice")
     options = [f"--{option}" for option in given.option]
     with contextlib.ExitStack() as stack:
         output = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "output"
