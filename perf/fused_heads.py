@@ -21,15 +21,17 @@ import shape
 from load import Load, Outcome
 from recording import append, in_turn, percentile, spread
 
-LOADS = {"small": Load(1, 1, 100), "large": Load(4, 64, 2)}
 HYBRID = ["dense", "sparse", "colbert"]
 
 
-def cases_of(url: str, texts: list[str], shaped: str, heads: str) -> dict[tuple[str, ...], Any]:
+def cases_of(
+    url: str, texts: list[str], loads: list[Load], shaped: str, heads: str
+) -> dict[tuple[str, ...], Any]:
     """(model, task, load, where the heads run) -> what runs it."""
     body = {"truncate": True, "encoding_format": "base64"}
     found = {}
-    for size, one in LOADS.items():
+    for one in loads:
+        size = f"{one.clients} x {one.size} texts"
         for name in (server.NAME, shaped):
             dense = partial(load.run, f"{url}/v1/embeddings", texts, one, {**body, "model": name})
             found[name, "dense", size, heads] = dense
@@ -44,7 +46,10 @@ def main() -> None:
     parser = load.arguments(__doc__)
     server.add_arguments(parser)
     parser.add_argument("--shape", default="small-m3", choices=["bge-m3", "small-m3", "tiny-m3"])
+    parser.add_argument("--requests", type=int, default=100, help="of one client, with one text")
+    parser.add_argument("--texts", type=int, default=64, help="of a large request; two of each of 4 clients")
     given = parser.parse_args()
+    loads = [Load(1, 1, given.requests), Load(4, given.texts, 2)]
     # The random vocabulary has few words: these characters are about as many tokens as a paragraph.
     texts = [text[:256] for text in model.texts()]
     path = shape.published(given.shape)
@@ -53,22 +58,20 @@ def main() -> None:
         for heads, options in (("own processes", []), ("fused", ["fuse-heads"])):
             how = argparse.Namespace(serve=given.serve, option=[*given.option, *options])
             serving = stack.enter_context(server.ours(how, server.minilm(stack), path))
-            cases |= cases_of(serving.url, texts, given.shape, heads)
+            cases |= cases_of(serving.url, texts, loads, given.shape, heads)
         report(in_turn({key: cases[key] for key in sorted(cases)}, given.rounds))
 
 
 def report(results: dict[tuple[str, ...], list[Outcome]]) -> None:
     rows = []
     for (name, task, size, heads), outcomes in results.items():
-        one = LOADS[size]
         waits = [latency for outcome in outcomes for latency in outcome.latencies]
         numbers = [
             *spread([outcome.rate for outcome in outcomes], 1),
             *(f"{1000 * percentile(waits, percent):.1f}" for percent in (50, 95)),
         ]
-        what = f"{one.clients} x {one.size} texts"
-        rows.append([name, task, what, heads, *numbers, len(outcomes)])
-        print(f"{name:<18} {task:<7} {what:<12} {heads:<14} {' '.join(f'{n:>8}' for n in numbers)}")
+        rows.append([name, task, size, heads, *numbers, len(outcomes)])
+        print(f"{name:<18} {task:<7} {size:<12} {heads:<14} {' '.join(f'{n:>8}' for n in numbers)}")
     header = ["model", "task", "load", "heads", "texts/s", "min", "max", "p50 ms", "p95 ms", "rounds"]
     append("fused_heads.csv", header, rows)
 
