@@ -33,7 +33,7 @@ from backends.contract import (
     ErrorCode,
 )
 from backends.device import TORCH_DTYPES, compute_dtype, place
-from backends.encode import encode
+from backends.encode import encode, pass_tokens
 from backends.encode_images import ImageEncoder, choose_image_encoder
 from backends.errors import RequestError
 from backends.families import family_of
@@ -54,12 +54,6 @@ from backends.vision import Images
 from backends.warm_up import warm_up
 from kernels.transfer import to_device
 
-# What the activations of one pass may take on a CPU, where larger passes are slower and short requests wait
-# for them: all-MiniLM-L6-v2 in float32 runs 5 700 tokens/s in passes of 1024 tokens, 5 900 in passes of 2048,
-# 5 500 in passes of 5461 (2 cores, AVX2).
-_CPU_PASS_BYTES = 2**26 + 2**25
-_NUMBERS_PER_COMPONENT = 32
-_LEAST_CPU_TOKENS = 1024
 # Passes that run side by side on a CPU, each on part of the cores: 6 850 tokens/s in two passes of one core
 # each, 5 960 in one pass on both. With more of them Python itself becomes the limit.
 _MOST_WORKERS = 4
@@ -120,11 +114,9 @@ class EncoderStage(ContinuousStage[_Work]):
 
         self.checkpoint = context.checkpoint
         self.row = only_row(context.checkpoint, context.heads)
-        self.max_batch_tokens = options.max_batch_tokens
-        if self.device.type == "cpu":
-            size = _NUMBERS_PER_COMPONENT * dtype.itemsize * context.checkpoint.hidden_size
-            most = max(_LEAST_CPU_TOKENS, _CPU_PASS_BYTES // size)
-            self.max_batch_tokens = min(self.max_batch_tokens, most)
+        self.max_batch_tokens = pass_tokens(
+            options.max_batch_tokens, self.device, dtype, context.checkpoint.hidden_size
+        )
         self.wire_dtype = TORCH_DTYPES[WIRE_DTYPES[options.dtype]]
         is_causal = causality is not None and causality.is_causal
         plain = choose_forward(
