@@ -13,6 +13,7 @@ from backends.families.base import Family
 from backends.ragged import Lengths, Ragged, positions
 from backends.vision import SeenRow
 from kernels import packed_attention
+from kernels.attention_plan import Ranges
 from kernels.transfer import to_device
 
 
@@ -45,7 +46,7 @@ class Segments:
 
     starts: Lengths
     """[n] the position of each one's first token."""
-    prefixes: Sequence[packed_attention.Ranges]
+    prefixes: Sequence[Ranges]
     """[n] what each looks at besides itself."""
 
 
@@ -70,22 +71,35 @@ class PackedForward:
         segments: Segments | None = None,
         images: SeenRow | None = None,
     ) -> torch.Tensor:
-        places = input_ids.positions + self.position_offset
-        if segments is not None:
-            places = places + to_device(segments.starts, places.device)[input_ids.segments]
-        arguments: dict[str, Any] = {"position_ids": places[None]}
+        arguments: dict[str, Any] = dict(self.rows(input_ids, first_lengths, segments))
         if images is not None:
             arguments.update(image_states=images.states, image_places=images.places)
             if images.positions is not None:
                 # [3, 1, u]: they count from the beginning of each whole sequence already.
                 arguments["position_ids"] = images.positions[:, None]
-        if self.family.has_token_types:
-            arguments["token_type_ids"] = _token_types(input_ids, first_lengths)[None]
-        output = self.model(
-            input_ids=input_ids.values[None],
-            sequence_lengths=input_ids.lengths.tolist(),
+        return self.run(
+            input_ids.lengths.tolist(),
             key_lengths=None if key_lengths is None else key_lengths.tolist(),
             prefixes=None if segments is None else segments.prefixes,
+            **arguments,
+        )
+
+    def rows(
+        self, input_ids: Ragged, first_lengths: Lengths | None = None, segments: Segments | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The numbers of each token that the model is given by name, int64 [1, t]."""
+        places = input_ids.positions + self.position_offset
+        if segments is not None:
+            places = places + to_device(segments.starts, places.device)[input_ids.segments]
+        rows = {"input_ids": input_ids.values[None], "position_ids": places[None]}
+        if self.family.has_token_types:
+            rows["token_type_ids"] = _token_types(input_ids, first_lengths)[None]
+        return rows
+
+    def run(self, lengths: Sequence[int], **arguments: Any) -> torch.Tensor:
+        """hidden [t, h] of sequences of `lengths`; `arguments` are those of the model and its attention."""
+        output = self.model(
+            sequence_lengths=lengths,
             on_attention=self._count,
             **self.family.call_arguments,
             **arguments,

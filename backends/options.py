@@ -74,6 +74,8 @@ class ServingOptions:
     but the server leaves no head out for a request that does not ask for it. A head whose answer is as large
     as the hidden states (tokens) is then served only where `task` names it.
     """
+    cuda_graphs: bool = False
+    """On a GPU, whether small passes are captured as CUDA graphs. Off, for that has never run on a GPU."""
     chat_template: str | None = None
     """The prompt of a model of texts and images: gme-qwen2-vl or qwen3-vl-embedding; None is its family's."""
     image_positions: str = "mrope"
@@ -98,6 +100,8 @@ class ServingOptions:
             )
         if not _DEVICE.fullmatch(self.device):
             raise OptionError(f"device is {self.device!r}; it takes auto, cpu, cuda or cuda:N")
+        if self.cuda_graphs and self.device == "cpu":
+            raise OptionError("cuda_graphs is for a GPU, but device is 'cpu'; leave one out")
         if self.truncation not in TRUNCATIONS:
             raise OptionError(f"truncation is {self.truncation!r}; it takes one of {', '.join(TRUNCATIONS)}")
         if self.rerank_prompt not in (None, *RERANK_PROMPTS):

@@ -65,7 +65,7 @@ def choose_forward(
         _speed_up(packed, name, lambda: _load(load, packed_attention.NAME, name), in_int8=in_int8)
         if shares_prefixes:
             error = _check_sharing(packed)
-            packed.shares_prefixes = error <= _tolerance(packed.model)
+            packed.shares_prefixes = error <= tolerance(packed.model)
             if not packed.shares_prefixes:
                 logger.warning(
                     "%s gives other numbers behind a shared prefix (relative error %.2g): every sequence is "
@@ -78,7 +78,7 @@ def choose_forward(
     logger.warning("%s cannot run packed (%s): it runs padded, which is slower", name, fault)
     padded = PaddedForward(_load(load, None, name), family, config)
     error = _self_check(padded)
-    if not error <= _tolerance(padded.model):
+    if not error <= tolerance(padded.model):
         raise CheckpointError(
             f"{name} gives other numbers in a batch than alone, packed ({fault}) and padded (relative error "
             f"{error:.2g}): it cannot be served right"
@@ -109,11 +109,11 @@ def _speed_up(
                 )
             return
         try:
-            error = _relative_error(forward(batch).float(), before)
+            error = relative_error(forward(batch).float(), before)
         except Exception as problem:  # the compiler of kernels has errors of its own
             error = float("inf")
             logger.warning("%s: %s", name, problem)
-    if error <= (_INT8_TOLERANCE if in_int8 else _tolerance(forward.model)):
+    if error <= (_INT8_TOLERANCE if in_int8 else tolerance(forward.model)):
         return
     if in_int8:
         raise CheckpointError(
@@ -129,7 +129,7 @@ def _speed_up(
     forward.model = reload()
 
 
-def _relative_error(values: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(values: torch.Tensor, expected: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(values - expected) / torch.linalg.vector_norm(expected))
 
 
@@ -150,7 +150,7 @@ def _packed_fault(forward: PackedForward) -> str | None:
         return f"the self-check failed: {problem}"
     if forward.attention_calls == 0:
         return f"{type(forward.model).__name__} takes no attention function"
-    if not error <= _tolerance(forward.model):  # also when it is NaN
+    if not error <= tolerance(forward.model):  # also when it is NaN
         return f"relative error {error:.2g} between packed and one by one"
     return None
 
@@ -162,7 +162,7 @@ def _self_check(forward: PackedForward | PaddedForward) -> float:
     with torch.inference_mode():
         together = forward(batch).float()
         alone = torch.cat([forward(Ragged.pack([one])).float() for one in batch.split()])
-    return _relative_error(together, alone)
+    return relative_error(together, alone)
 
 
 def _check_sharing(forward: PackedForward) -> float:
@@ -177,7 +177,7 @@ def _check_sharing(forward: PackedForward) -> float:
         together = forward(row, segments=segments).float()
         alone = [forward(Ragged.pack([one])).float() for one in (first, second)]
     whole = torch.cat([alone[0], alone[1][shared:]])
-    return _relative_error(together, whole)
+    return relative_error(together, whole)
 
 
 def check_seeing(model: Sees, checkpoint: Checkpoint, *, is_item: bool) -> None:
@@ -196,7 +196,7 @@ def check_seeing(model: Sees, checkpoint: Checkpoint, *, is_item: bool) -> None:
     with torch.inference_mode():
         together = see(model, images, int(counts.sum()))
         apart = torch.cat([see(model, one, int(counts.sum())) for one in alone])
-    error = _relative_error(together.float(), apart.float())
+    error = relative_error(together.float(), apart.float())
     if not error <= _TOLERANCE[together.dtype]:
         raise CheckpointError(
             f"{checkpoint.path} sees an image differently beside others (relative error {error:.2g}): it "
@@ -210,5 +210,5 @@ def _check_ids(forward: PackedForward | PaddedForward, count: int) -> torch.Tens
     return torch.arange(1, count + 1, device=forward.device) * 7919 % (vocabulary - 1) + 1
 
 
-def _tolerance(model: torch.nn.Module) -> float:
+def tolerance(model: torch.nn.Module) -> float:
     return _TOLERANCE[next(model.parameters()).dtype]

@@ -76,6 +76,22 @@ def plan(ids: Ids, lengths: Ids, max_tokens: int, min_shared: int = MIN_SHARED) 
     yield _join(offsets, trees[start:])
 
 
+def count_distinct(ids: Ids, lengths: Ids, min_shared: int = MIN_SHARED) -> int:
+    """About how many tokens `plan` computes, all passes together: what begins alike is counted once."""
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    distinct = int(lengths.sum())
+    for group in _alike(ids, offsets, min_shared):
+        if len(group) > 1:
+            rows = sorted((ids[offsets[i] : offsets[i + 1]] for i in group), key=_sortable)
+            distinct -= sum(_common(a, b) for a, b in pairwise(rows))
+    return distinct
+
+
+def _sortable(row: Ids) -> bytes:
+    """Big-endian numbers compare as bytes as they do as numbers."""
+    return row.astype(">i8").tobytes()
+
+
 def _alike(ids: Ids, offsets: Ids, min_shared: int) -> list[list[int]]:
     """Sequences in groups of those that begin with the same `min_shared` tokens."""
     groups: dict[bytes, list[int]] = {}
@@ -91,8 +107,7 @@ def _grow(ids: Ids, offsets: Ids, group: list[int], max_tokens: int, min_shared:
     """Trees of at most `max_tokens` tokens, or of one sequence, for sequences that begin alike."""
 
     def tokens(i: int) -> bytes:
-        # Big-endian numbers compare as bytes as they do as numbers.
-        return ids[offsets[i] : offsets[i + 1]].astype(">i8").tobytes()
+        return _sortable(ids[offsets[i] : offsets[i + 1]])
 
     waiting = [sorted(group, key=tokens) if len(group) > 1 else group]
     while waiting:

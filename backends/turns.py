@@ -7,7 +7,8 @@ the second keeps a long one from waiting for ever. A long request takes several 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import insort
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -32,6 +33,8 @@ class Job(Generic[T]):
     taken: int = 0
     """Sequences that were handed out."""
     tokens_left: int = field(init=False)
+    number: int = field(init=False)
+    """Its place among all that came."""
 
     def __post_init__(self) -> None:
         self.order = np.argsort(-self.lengths, kind="stable")
@@ -53,6 +56,13 @@ class Job(Generic[T]):
             self.tokens_left -= int(sums[count - 1])
         return np.sort(ahead[:count])
 
+    def give_back(self, count: int) -> Places:
+        """The opposite of take, for the last `count` sequences; their places."""
+        self.taken -= count
+        back = self.order[self.taken : self.taken + count]
+        self.tokens_left += int(self.lengths[back].sum())
+        return back
+
 
 class Piece(NamedTuple, Generic[T]):
     """Sequences of one request."""
@@ -64,11 +74,26 @@ class Piece(NamedTuple, Generic[T]):
 class Turns(Generic[T]):
     """The requests that wait, in the order in which they came."""
 
-    def __init__(self, budget: int, *, is_whole: bool = False) -> None:
-        """`budget` tokens a turn; `is_whole` keeps the sequences of a request together."""
+    def __init__(
+        self,
+        budget: int,
+        *,
+        is_whole: bool = False,
+        reach: int = 1,
+        measure: Callable[[Sequence[Piece[T]]], int] | None = None,
+    ) -> None:
+        """`budget` tokens a turn; `is_whole` keeps the sequences of a request together.
+
+        Where sequences share tokens that are computed once, `measure` tells how many tokens pieces make, and
+        up to `reach` budgets are looked at to fill one; not with `is_whole`.
+        """
+        assert measure is None or not is_whole
         self.budget = budget
         self.is_whole = is_whole
+        self._reach = reach
+        self._measure = measure
         self._jobs: list[Job[T]] = []
+        self._n_added = 0
         self._begins_with_oldest = False
 
     def __len__(self) -> int:
@@ -76,6 +101,8 @@ class Turns(Generic[T]):
 
     def add(self, job: Job[T]) -> None:
         """Puts a request at the end."""
+        job.number = self._n_added
+        self._n_added += 1
         self._jobs.append(job)
 
     def drop(self, jobs: Iterable[Job[T]]) -> None:
@@ -85,13 +112,27 @@ class Turns(Generic[T]):
 
     def take(self) -> list[Piece[T]]:
         """The next turn: at most `budget` tokens, or one longer sequence. Empty where nothing waits."""
+        pieces = self._take(self.budget * self._reach)
+        while (
+            self._measure is not None
+            and sum(len(piece.places) for piece in pieces) > 1
+            and self._measure(pieces) > self.budget
+        ):
+            job, places = pieces.pop()
+            back = job.give_back(-(-len(places) // 2))
+            if len(back) < len(places):
+                pieces.append(Piece(job, np.setdiff1d(places, back, assume_unique=True)))
+            if job not in self._jobs:
+                insort(self._jobs, job, key=lambda one: one.number)
+        return pieces
+
+    def _take(self, room: int) -> list[Piece[T]]:
         waiting = sorted(self._jobs, key=lambda job: job.tokens_left)
         if self._begins_with_oldest and waiting:
             waiting.remove(self._jobs[0])
             waiting.insert(0, self._jobs[0])
         self._begins_with_oldest = not self._begins_with_oldest
         pieces: list[Piece[T]] = []
-        room = self.budget
         for job in waiting:
             before = job.tokens_left
             places = job.take(room, is_first=not pieces, is_whole=self.is_whole)

@@ -12,7 +12,7 @@ import torch
 from backends.forward import Forward, Segments
 from backends.ragged import Ragged
 
-# Lengths that choose each size of an attention's block (kernels/varlen_attention.py), and one less: strides
+# Lengths that choose each size of an attention's block (kernels/attention_plan.py), and one less: strides
 # that are a multiple of 16 are compiled apart from those that are not.
 _LENGTHS = (1, 15, 16, 31, 32, 63, 64, 127, 128)
 

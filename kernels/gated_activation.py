@@ -13,7 +13,7 @@ from typing import no_type_check
 
 import torch
 
-from kernels.language import jit, launch, tl
+from kernels.language import check_rows, jit, launch, tl
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 # Elements of one program: 8 for each thread of 4 warps, which are a load of 16 bytes in half precision.
@@ -130,10 +130,7 @@ def _halves(
 def _check(x: torch.Tensor, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; they are {', '.join(ACTIVATIONS)}")
-    if x.ndim != 2 or x.stride(1) != 1 or not x.dtype.is_floating_point:
-        raise ValueError(
-            f"a tensor is {x.dtype} {list(x.shape)}; it takes rows [t, f] of numbers side by side"
-        )
+    check_rows(x=x)
 
 
 def activate_reference(x: torch.Tensor, activation: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["jit", "launch", "offsets_of", "power_of_two", "tl"]
+__all__ = ["check_rows", "jit", "launch", "offsets_of", "power_of_two", "tl"]
 
 try:
     import triton.language as tl
@@ -48,6 +48,15 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         # A kernel is launched on the current device, wherever its tensors are.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[(programs,)](*arguments, **options)
+
+
+def check_rows(**tensors: torch.Tensor) -> None:
+    """Raises ValueError unless each is [t, h], floating-point, the numbers of a row side by side."""
+    for name, x in tensors.items():
+        if x.ndim != 2 or x.stride(1) != 1 or not x.dtype.is_floating_point:
+            raise ValueError(
+                f"{name}: {x.dtype} {list(x.shape)}; a kernel takes rows [t, h] of numbers side by side"
+            )
 
 
 def offsets_of(lengths: Sequence[int], total: int) -> npt.NDArray[np.int32]:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.language import jit, launch, offsets_of, power_of_two, tl
+from kernels.language import check_rows, jit, launch, offsets_of, power_of_two, tl
 from kernels.transfer import to_device
 
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -106,12 +106,11 @@ def max_sim(
 
 
 def _check(queries: torch.Tensor, documents: torch.Tensor) -> None:
-    if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
+    check_rows(queries=queries, documents=documents)
+    if queries.shape[1] != documents.shape[1]:
         raise ValueError(f"queries are {list(queries.shape)} and documents {list(documents.shape)}")
     if queries.dtype != documents.dtype or queries.dtype not in _FORMATS:
         raise ValueError(f"vectors are {queries.dtype} and {documents.dtype}; they need one format")
-    if queries.stride(1) != 1 or documents.stride(1) != 1:
-        raise ValueError("the components of a vector must lie side by side")
 
 
 def _pairs(

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-Ranges = tuple[tuple[int, int], ...]
-"""Places in the packed row, from and to."""
+from kernels.attention_plan import Plans, Ranges, largest_block, last_plan
 
 # transformers gives special treatment to names that hold "flash", "sdpa", "flex_attention", "paged|" or "/".
 NAME = "packed"
@@ -53,6 +52,7 @@ def packed_attention(
     key_lengths: Sequence[int] | None = None,
     prefixes: Sequence[Ranges] | None = None,
     on_attention: Callable[[], None] | None = None,
+    plans: Plans | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, Hq, t, D], key and value [1, Hkv, t, D], sequence_lengths on the host -> [1, t, Hq, D], None.
@@ -60,8 +60,8 @@ def packed_attention(
     `key_lengths` says how many tokens at the beginning of each sequence are looked at, all of them without
     it. `prefixes` says for each sequence which ranges of the row it goes on from, in their order; their
     tokens count as its first positions. `on_attention` is called once for every call: a model that never
-    calls it does not use this function. Raises RuntimeError for a call that does not come from a packed
-    batch.
+    calls it does not use this function. `plans` stand for all the lengths, where a kernel computes. Raises
+    RuntimeError for a call that does not come from a packed batch.
     """
     if attention_mask is not None or sequence_lengths is None or query.shape[0] != 1:
         raise RuntimeError(f"{type(module).__name__} reached packed attention without a packed batch")
@@ -77,17 +77,19 @@ def packed_attention(
         from kernels import varlen_attention
 
         if varlen_attention.takes(query, key, value):
-            plan = varlen_attention.last_plan.get(
+            plan = (last_plan if plans is None else plans).get(
                 (sequence_lengths, key_lengths, prefixes),
                 device=query.device,
                 causal=causal,
-                max_block=varlen_attention.largest_block(query.shape[-1], query.dtype),
+                max_block=largest_block(query.shape[-1], query.dtype),
             )
             # [1, H, t, D] -> [t, H, D], views
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             return varlen_attention.varlen_attention(
                 q, k, v, plan, scaling=scaling, causal=causal, window=sliding_window, softcap=softcap
             )[None], None
+    if plans is not None:
+        raise RuntimeError(f"no kernel takes the attention of {type(module).__name__}, so it takes no plan")
     output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
     for start, count, length, key_length, prefix in _runs(sequence_lengths, key_lengths, prefixes):
         stop = start + count * length

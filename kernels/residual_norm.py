@@ -14,7 +14,7 @@ from typing import no_type_check
 
 import torch
 
-from kernels.language import jit, launch, power_of_two, tl
+from kernels.language import check_rows, jit, launch, power_of_two, tl
 
 # Elements of one program, at least: rows as short as a head are taken several at a time.
 _LEAST_BLOCK = 2048
@@ -142,15 +142,16 @@ def _norm(
 def _check(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    if x.ndim != 2 or not 0 < x.shape[1] <= _MAX_SIZE or x.stride(1) != 1:
-        raise ValueError(f"x is {list(x.shape)}; it takes rows [t, h] side by side, h up to {_MAX_SIZE}")
+    check_rows(x=x)
+    if not 0 < x.shape[1] <= _MAX_SIZE:
+        raise ValueError(f"x is {list(x.shape)}; rows of 1 to {_MAX_SIZE} fit")
     if residual is not None and (residual.shape != x.shape or residual.stride(1) != 1):
         raise ValueError(f"residual is {list(residual.shape)} beside x {list(x.shape)}")
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and (vector.shape != x.shape[1:] or not vector.is_contiguous()):
             raise ValueError(f"{name} is {list(vector.shape)} for rows of {x.shape[1]}")
     kinds = {each.dtype for each in (x, residual, weight, bias) if each is not None}
-    if len(kinds) != 1 or not x.dtype.is_floating_point:
+    if len(kinds) != 1:
         raise ValueError(f"the tensors of a norm are {', '.join(sorted(map(str, kinds)))}, not of one format")
 
 

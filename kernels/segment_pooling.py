@@ -15,7 +15,7 @@ from typing import no_type_check
 import numpy as np
 import torch
 
-from kernels.language import jit, launch, offsets_of, power_of_two, tl
+from kernels.language import check_rows, jit, launch, offsets_of, power_of_two, tl
 from kernels.transfer import to_device
 
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
@@ -112,8 +112,7 @@ def _segments(
     """int32 [n, 3]: first token, first that is not skipped, end."""
     if mode not in MODES:
         raise ValueError(f"unknown pooling mode {mode!r}; they are {', '.join(MODES)}")
-    if hidden.ndim != 2 or hidden.stride(1) != 1 or not hidden.dtype.is_floating_point:
-        raise ValueError(f"hidden is {hidden.dtype} {list(hidden.shape)}; it takes rows [t, h] side by side")
+    check_rows(hidden=hidden)
     offsets = offsets_of(lengths, len(hidden))
     counts = np.diff(offsets)
     if not counts.all():

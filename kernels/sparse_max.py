@@ -16,7 +16,7 @@ from typing import no_type_check
 import numpy as np
 import torch
 
-from kernels.language import jit, launch, offsets_of, tl
+from kernels.language import check_rows, jit, launch, offsets_of, tl
 from kernels.transfer import to_device
 
 POOLINGS = ("max", "sum")
@@ -156,8 +156,7 @@ def _check_splade(
         raise ValueError(
             f"pooling {pooling!r} with {n_logs} logarithms; it takes {', '.join(POOLINGS)}, 1 or 2"
         )
-    if logits.ndim != 2 or logits.stride(1) != 1 or not logits.dtype.is_floating_point:
-        raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}; they are rows [t, v] side by side")
+    check_rows(logits=logits)
     return offsets_of(lengths, len(logits))
 
 

@@ -1,9 +1,8 @@
 """Attention over a packed batch on a GPU: every token attends within its own sequence only.
 
 softmax(q k^T * scaling + mask) v, one program for a block of queries of one sequence and one head, with the
-online softmax over blocks of keys. Which blocks there are is planned on the host, once for all layers of a
-forward pass; the longest come first, so that no long one is left over when the others are done. Blocks of
-keys that every query of the block sees are computed without a mask.
+online softmax over blocks of keys. Which blocks there are is planned on the host (kernels/attention_plan.py).
+Blocks of keys that every query of the block sees are computed without a mask.
 
 *Source:* FlashAttention-2 (Dao 2023) as in triton's tutorial 06; the semantics are those of
 kernels/packed_attention.py.
@@ -12,157 +11,20 @@ kernels/packed_attention.py.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import no_type_check
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from kernels.attention_plan import Plan, Ranges
 from kernels.language import jit, launch, power_of_two, tl
-from kernels.transfer import to_device
 
-Ranges = tuple[tuple[int, int], ...]
-"""Places in the packed row, from and to."""
-LengthsOfPass = tuple[Sequence[int], Sequence[int] | None, Sequence[Ranges] | None]
-"""lengths, key_lengths and prefixes of `make_plan`."""
-
-# Rows that a block of queries may have, and the warps for them. 64 rows are what a warp group of Hopper
-# multiplies at once; two of them take turns between the matrix unit and the softmax.
+# For each size of a block of queries. 64 rows are what a warp group of Hopper multiplies at once; two of them
+# take turns between the matrix unit and the softmax.
 _WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
-# The part of the rows of all blocks that may be empty before a smaller block is better.
-_MAX_EMPTY = 0.25
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_DIM = 256
 _LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which blocks of queries there are and which keys they see: the same for all layers of one pass."""
-
-    table: torch.Tensor
-    """int32 [5 b + 3 r] on the device: of every block its first token, the end of its sequence, the position
-    of its first token, where in the table its ranges of keys begin and how many they are; then of every
-    range its first token, how many it has and the position of the first."""
-    n_blocks: int
-    block: int
-    """Queries of a block."""
-    n_tokens: int
-    last_key: int
-    """One past the last token that is looked at."""
-    has_prefixes: bool
-
-
-def make_plan(
-    lengths: Sequence[int],
-    key_lengths: Sequence[int] | None = None,
-    prefixes: Sequence[Ranges] | None = None,
-    *,
-    device: torch.device,
-    causal: bool = False,
-    max_block: int = 128,
-) -> Plan:
-    """The plan for sequences of `lengths` [n] end to end, all numbers of the host.
-
-    `key_lengths` [n] says how many tokens at the beginning of each sequence are looked at, `prefixes` [n]
-    which ranges of the row each goes on from. `causal` only orders the blocks, `max_block` is of
-    `largest_block`. Raises ValueError for lengths that do not fit together.
-    """
-    own = np.asarray(lengths, np.int64).reshape(-1)
-    seen = own if key_lengths is None else np.asarray(key_lengths, np.int64).reshape(-1)
-    if len(seen) != len(own) or (seen > own).any() or (seen < 0).any():
-        raise ValueError("key_lengths are not as many as lengths, or one is not between 0 and its length")
-    if prefixes is not None and len(prefixes) != len(own):
-        raise ValueError(f"there are {len(prefixes)} prefixes for {len(own)} sequences")
-    starts = np.cumsum(own) - own
-    ranges, n_ranges, ahead = _ranges(starts, seen, prefixes)
-    rows = choose_block(own, max_block)
-    counts = -(-own // rows)
-    owner = np.repeat(np.arange(len(own)), counts)
-    first = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * rows
-    stop = np.minimum(first + rows, own[owner])
-    work = ahead[owner] + (np.minimum(stop, seen[owner]) if causal else seen[owner])
-    order = np.argsort(-work, kind="stable")
-    range_places = 5 * len(owner) + 3 * (np.cumsum(n_ranges) - n_ranges)
-    columns = (
-        starts[owner] + first,
-        (starts + own)[owner],
-        ahead[owner] + first,
-        range_places[owner],
-        n_ranges[owner],
-    )
-    table = np.concatenate([np.stack(columns, 1)[order].ravel(), ranges.ravel()]).astype(np.int32)
-    last_key = int((ranges[:, 0] + ranges[:, 1]).max(initial=0))
-    if (ranges[:, :2] < 0).any() or last_key > own.sum():
-        raise ValueError(f"a prefix reaches beyond the {int(own.sum())} tokens of the row")
-    return Plan(
-        to_device(table, device),
-        len(owner),
-        rows,
-        int(own.sum()),
-        last_key,
-        bool(n_ranges.max(initial=1) > 1),
-    )
-
-
-class LastPlan:
-    """Keeps the plan of the pass that runs: all its layers come with the very same lengths."""
-
-    def __init__(self) -> None:
-        self._known: tuple[LengthsOfPass, tuple[torch.device, bool, int], Plan] | None = None
-
-    def get(self, lengths: LengthsOfPass, *, device: torch.device, causal: bool, max_block: int) -> Plan:
-        """As `make_plan`, made anew only for other objects: to compare their numbers would take as long."""
-        facts = (device, causal, max_block)
-        # Read and written at once, so that threads can only make each other's plan again.
-        known = self._known
-        if known is not None and facts == known[1] and all(map(operator.is_, lengths, known[0])):
-            return known[2]
-        plan = make_plan(*lengths, device=device, causal=causal, max_block=max_block)
-        self._known = (lengths, facts, plan)
-        return plan
-
-
-last_plan = LastPlan()
-
-
-def _ranges(
-    starts: npt.NDArray[np.int64], seen: npt.NDArray[np.int64], prefixes: Sequence[Ranges] | None
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Ranges of keys [r, 3], how many each sequence has [n], and tokens that each goes on from [n]."""
-    if prefixes is None or not any(prefixes):
-        zeros = np.zeros_like(starts)
-        return np.stack([starts, seen, zeros], 1), zeros + 1, zeros
-    rows: list[tuple[int, int, int]] = []
-    ahead = np.zeros_like(starts)
-    for i, prefix in enumerate(prefixes):
-        position = 0
-        for begin, end in prefix:
-            rows.append((begin, end - begin, position))
-            position += end - begin
-        rows.append((int(starts[i]), int(seen[i]), position))
-        ahead[i] = position
-    return np.array(rows, np.int64), np.array([len(prefix) + 1 for prefix in prefixes], np.int64), ahead
-
-
-def choose_block(lengths: npt.NDArray[np.int64], max_block: int) -> int:
-    """Queries of a block: the largest of which few rows are empty."""
-    total = int(lengths.sum())
-    for rows in sorted((rows for rows in _WARPS if rows <= max_block), reverse=True):
-        computed = int((-(-lengths // rows)).sum()) * rows
-        if total >= (1 - _MAX_EMPTY) * computed:
-            break
-    return rows
-
-
-def largest_block(head_dim: int, dtype: torch.dtype) -> int:
-    """Queries of a block, at most: what the registers of its warps hold."""
-    if dtype == torch.float32:
-        return 32
-    return 128 if head_dim <= 128 else 64
 
 
 @jit

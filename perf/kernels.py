@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from recording import append
 
 from kernels import (
+    attention_plan,
     gated_activation,
     max_sim,
     residual_norm,
@@ -69,7 +70,7 @@ def attention(sizes: Sizes, name: str, lengths: list[int]) -> Iterator[Case]:
     fused = sizes.numbers(sum(lengths), 3 * sizes.heads, size)
     q, k, v = fused.split(sizes.heads, 1)
     for kind, causal, window in (("", False, None), (" causal", True, None), (" window", False, 64)):
-        plan = varlen_attention.make_plan(lengths, device=sizes.device, causal=causal)
+        plan = attention_plan.make_plan(lengths, device=sizes.device, causal=causal)
         options = {"causal": causal, "window": window}
         yield (
             f"attention {name}{kind}",

@@ -4,9 +4,9 @@
 
 The encoder in process, random weights (--layers of --hidden, BERT's architecture), 8192 tokens a pass:
 texts of one length from 16 to 8192 tokens, then mixes of the same number of tokens: all of 128, lengths
-spread evenly from 8 to 512, and 15 short ones for each long one. Beside it transformers' own attention
-(sdpa) on padded batches: `padded, sorted` cuts them by length first, as the best padding servers do;
-`padded, as they come` does not. Tokens are those of the texts, never padding. Rows go to
+spread evenly from 8 to 512, as many of their mean, and 15 short ones for each long one. Beside it
+transformers' own attention (sdpa) on padded batches: `padded, sorted` cuts them by length first, as the best
+padding servers do; `padded, as they come` does not. Tokens are those of the texts, never padding. Rows go to
 perf/results/length.csv.
 """
 
@@ -33,6 +33,8 @@ def mixes(tokens: int) -> dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]]:
     skewed = np.tile([16] * 15 + [512], max(1, tokens // 752))
     return {
         "all of 128": np.full(tokens // 128, 128),
+        # As many texts, and as many tokens in all, as in the next.
+        f"all of {even.sum() // len(even)}": np.full(len(even), even.sum() // len(even)),
         "8 to 512": even,
         "15 of 16, 1 of 512": generator.permutation(skewed),
     }

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from backends.checkpoint import Checkpoint
 from backends.device import compute_dtype
-from backends.encode import encode
+from backends.encode import encode, pass_tokens
 from backends.families import family_of
 from backends.forward import Forward, PaddedForward
 from backends.heads import HEADS
@@ -136,10 +136,7 @@ def build(path: Path, device: torch.device = CPU, *, is_padded: bool = False, **
     def load(attention: str | None) -> torch.nn.Module:
         return family.load(checkpoint, attention, dtype, device, causality)
 
-    most = given.max_batch_tokens
-    if device.type == "cpu":
-        # The stage's own bound, whose module cannot be imported outside the server.
-        most = min(most, max(1024, (2**26 + 2**25) // (32 * dtype.itemsize * checkpoint.hidden_size)))
+    most = pass_tokens(given.max_batch_tokens, device, dtype, checkpoint.hidden_size)
     if is_padded:
         forward: Forward = PaddedForward(load("sdpa"), family, config)
     else:

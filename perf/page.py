@@ -47,7 +47,8 @@ def table(name: str) -> str:
     where = ", ".join(first[c] for c in ("machine", "versions") if first[c]) or "machine not recorded"
     said = f"{first['date']}, commit {first['commit']}; {where}."
     head = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    body = ["| " + " | ".join(row[column] for column in columns) + " |" for row in rows]
+    cells = [[row[column].replace("|", "\\|") for column in columns] for row in rows]
+    body = ["| " + " | ".join(line) + " |" for line in cells]
     return "\n".join([said, "", *head, *body])
 
 

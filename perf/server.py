@@ -35,17 +35,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def minilm(stack: contextlib.ExitStack) -> Path:
+    """The default model in a folder of its name, which is what a model is called by; as long as the stack."""
+    link = Path(stack.enter_context(tempfile.TemporaryDirectory())) / NAME
+    link.symlink_to(resolve(MINILM))
+    return link
+
+
 @contextlib.contextmanager
 def ours(given: argparse.Namespace, *checkpoint: str | Path) -> Iterator[Serving]:
-    """This project's server with the given checkpoint, or with the default model."""
+    """This project's server with the given checkpoints, or with the default model."""
+    if os.nice(0) > 0:
+        # A process that gets no processor for a second while it is handed a request is dead to the server
+        # (2.51), which tends to end itself when the process goes on.
+        print("warning: of low priority on a busy machine servers answer 503 or 504; run this without nice")
     options = [f"--{option}" for option in given.option]
-    with tempfile.TemporaryDirectory() as folder:
-        # A model has the name of its folder.
-        link = Path(folder) / NAME
-        link.symlink_to(resolve(MINILM))
-        output = Path(folder) / "output"
-        with serve(output, *(checkpoint or (link,)), *options, command=(given.serve,)) as serving:
-            yield serving
+    with contextlib.ExitStack() as stack:
+        output = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "output"
+        models = checkpoint or (minilm(stack),)
+        yield stack.enter_context(serve(output, *models, *options, command=(given.serve,)))
 
 
 @contextlib.contextmanager

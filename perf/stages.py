@@ -5,8 +5,9 @@
 Starts the server, sends one request after the other (and once --clients at a time), and divides what a
 client waits: the server's own statistics (gRPC) tell what each stage queued, took in, computed and gave
 out, what the ensemble took on the whole, and the rest is the gateway, HTTP and JSON, this client included.
-Of stages that run once for several requests, each of these waits the whole time. Rows go to
-perf/results/stages.csv.
+Of stages that run once for several requests, each of these waits the whole time. The encoder answers after
+the server's call has returned, so what the server tells of it is its taking in only; it computes in what is
+left of the ensemble's time. Rows go to perf/results/stages.csv.
 """
 
 import contextlib
@@ -85,14 +86,14 @@ def table(case: str, times: dict[str, Times], wait_s: float, p50_s: float) -> li
             rows.append((name.removeprefix(f"{server.NAME}."), sum(parts), parts))
     ensemble = times[server.NAME]
     whole = ensemble.whole / ensemble.requests / 1e6
-    rows.append(("between the stages", whole - inside, []))
+    rows.append(("encoder's turns, between stages", whole - inside, []))
     # A request of many texts may be cut into several; they run at the same time.
     rows.append(("gateway, HTTP, client", 1000 * wait_s - whole, []))
     table = []
     for where, ms, parts in rows:
         share = ms / (1000 * wait_s)
         print(
-            f"{case:<20} {where:<24} {ms:8.2f} ms  {share:4.0%}  {' '.join(f'{part:7.2f}' for part in parts)}"
+            f"{case:<20} {where:<32} {ms:8.2f} ms  {share:4.0%}  {' '.join(f'{part:7.2f}' for part in parts)}"
         )
         cells = [f"{part:.3f}" for part in parts] or [""] * len(PARTS)
         table.append([case, where, f"{ms:.3f}", f"{share:.3f}", *cells, f"{1000 * p50_s:.2f}"])

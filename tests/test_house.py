@@ -222,3 +222,10 @@ def test_every_import_is_declared():
     own = {"backends", "gateway", "kernels", "triton_embeddings", "triton_python_backend_utils"}
     used = {name.split(".")[0] for file in SOURCES for name in imports(file)}
     assert used - modules - own - set(sys.stdlib_module_names) - {"__future__"} == set()
+
+
+def test_every_result_of_a_benchmark_has_a_table():
+    scripts = "".join(file.read_text() for file in (ROOT / "perf").glob("*.py"))
+    kept = set(re.findall(r'append(?:_rates)?\(\s*"(\w+)\.csv"', scripts))
+    shown = re.findall(r"<!-- table: (\w+) -->", (ROOT / "perf" / "README.md").read_text())
+    assert sorted(shown) == sorted(kept)

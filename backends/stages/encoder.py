@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from backends import shared_prefix
 from backends.contract import (
     FIRST_LENGTH,
     GRID,
@@ -32,11 +33,12 @@ from backends.contract import (
     ErrorCode,
 )
 from backends.device import TORCH_DTYPES, compute_dtype, place
-from backends.encode import encode
+from backends.encode import encode, pass_tokens
 from backends.encode_images import ImageEncoder, choose_image_encoder
 from backends.errors import RequestError
 from backends.families import family_of
-from backends.forward import Forward
+from backends.forward import Forward, PackedForward
+from backends.graphs import GraphedForward
 from backends.grouping import neighbours
 from backends.heads import HEADS, encoder_inputs, only_row
 from backends.heads.dense import has_own_code
@@ -52,17 +54,11 @@ from backends.vision import Images
 from backends.warm_up import warm_up
 from kernels.transfer import to_device
 
-# What the activations of one pass may take on a CPU, where larger passes are slower and short requests wait
-# for them: all-MiniLM-L6-v2 in float32 runs 5 700 tokens/s in passes of 1024 tokens, 5 900 in passes of 2048,
-# 5 500 in passes of 5461 (2 cores, AVX2).
-_CPU_PASS_BYTES = 2**26 + 2**25
-_NUMBERS_PER_COMPONENT = 32
-_LEAST_CPU_TOKENS = 1024
 # Passes that run side by side on a CPU, each on part of the cores: 6 850 tokens/s in two passes of one core
 # each, 5 960 in one pass on both. With more of them Python itself becomes the limit.
 _MOST_WORKERS = 4
-# Of texts that begin alike a turn may hold so many passes: what is shared is computed once in each.
-_SHARING_PASSES = 4
+# To fill a turn with texts that begin alike so many budgets are looked at: what is shared counts once.
+_SHARING_REACH = 4
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +80,13 @@ class _Work(Work):
     hidden: torch.Tensor | None = None
     """[t, h], or [n, h] where one token of each text is read; None where nothing was done yet."""
 
+    def lengths(self, places: Places) -> Lengths:
+        """Tokens of some of the texts."""
+        return (self.offsets[1:] - self.offsets[:-1])[places]
+
     def tokens(self, places: Places) -> Lengths:
         """[u]: where the tokens of some of the texts are."""
-        lengths = (self.offsets[1:] - self.offsets[:-1])[places]
+        lengths = self.lengths(places)
         return np.repeat(self.offsets[places], lengths) + positions(lengths)
 
 
@@ -114,14 +114,12 @@ class EncoderStage(ContinuousStage[_Work]):
 
         self.checkpoint = context.checkpoint
         self.row = only_row(context.checkpoint, context.heads)
-        self.max_batch_tokens = options.max_batch_tokens
-        if self.device.type == "cpu":
-            size = _NUMBERS_PER_COMPONENT * dtype.itemsize * context.checkpoint.hidden_size
-            most = max(_LEAST_CPU_TOKENS, _CPU_PASS_BYTES // size)
-            self.max_batch_tokens = min(self.max_batch_tokens, most)
+        self.max_batch_tokens = pass_tokens(
+            options.max_batch_tokens, self.device, dtype, context.checkpoint.hidden_size
+        )
         self.wire_dtype = TORCH_DTYPES[WIRE_DTYPES[options.dtype]]
         is_causal = causality is not None and causality.is_causal
-        self.forward = choose_forward(
+        plain = choose_forward(
             load,
             family,
             dict(config),
@@ -129,6 +127,9 @@ class EncoderStage(ContinuousStage[_Work]):
             shares_prefixes=options.share_prefix and is_causal,
             in_int8=in_int8,
         )
+        self.forward = plain
+        if options.cuda_graphs and self.device.type == "cuda" and isinstance(plain, PackedForward):
+            self.forward = GraphedForward(plain)
         self.images: ImageEncoder | None = None
         if family.vision is not None:
             self.images = choose_image_encoder(
@@ -144,11 +145,13 @@ class EncoderStage(ContinuousStage[_Work]):
         is_own = has_own_code(context.checkpoint)
         self.turn_of_heads: AbstractContextManager[Any] = threading.Lock() if is_own else nullcontext()
         if self.device.type == "cuda":
-            warm_up(self.forward, family.most_tokens(context.checkpoint))
+            warm_up(plain, family.most_tokens(context.checkpoint))
         else:
             self.workers = min(self.threads, _MOST_WORKERS)
-        factor = _SHARING_PASSES if self.forward.shares_prefixes else 1
-        self.turns = Turns(factor * self.max_batch_tokens, is_whole=self.images is not None)
+        if self.forward.shares_prefixes and self.images is None:
+            self.turns = Turns(self.max_batch_tokens, reach=_SHARING_REACH, measure=_count_distinct)
+        else:
+            self.turns = Turns(self.max_batch_tokens, is_whole=self.images is not None)
         logger.info(
             "%s on %s in %s, %s, %d threads",
             family.name,
@@ -193,11 +196,8 @@ class EncoderStage(ContinuousStage[_Work]):
     def compute(self, pieces: Sequence[Piece[_Work]]) -> list[torch.Tensor]:
         """Hidden states [t, h] of each piece, or [n, h] where one token of each text is read."""
         works = [piece.job.content for piece in pieces]
-        ids = [
-            work.ids[torch.from_numpy(work.tokens(p.places))] for work, p in zip(works, pieces, strict=True)
-        ]
-        lengths = [np.diff(work.offsets)[p.places] for work, p in zip(works, pieces, strict=True)]
-        tokens = Ragged(torch.cat(ids), np.concatenate(lengths))
+        lengths = [piece.job.content.lengths(piece.places) for piece in pieces]
+        tokens = _tokens(pieces)
         rows = None if self.row is None else token_rows(self.row, tokens, self.checkpoint)
         with torch.inference_mode():
             if self.images is not None:
@@ -262,11 +262,26 @@ class EncoderStage(ContinuousStage[_Work]):
         return [head for head in self.heads if head.outputs & request.wanted]
 
 
+def _tokens(pieces: Sequence[Piece[_Work]]) -> Ragged:
+    """The ids of all pieces, end to end."""
+    works = [piece.job.content for piece in pieces]
+    ids = [work.ids[torch.from_numpy(work.tokens(p.places))] for work, p in zip(works, pieces, strict=True)]
+    lengths = [work.lengths(p.places) for work, p in zip(works, pieces, strict=True)]
+    return Ragged(torch.cat(ids), np.concatenate(lengths))
+
+
+def _count_distinct(pieces: Sequence[Piece[_Work]]) -> int:
+    """Tokens that are computed for the pieces, shared ones counted once."""
+    tokens = _tokens(pieces)
+    return shared_prefix.count_distinct(tokens.values.numpy(), tokens.lengths)
+
+
 def _way(forward: Forward) -> str:
     """How it runs, in a line of the log."""
     if not forward.is_packed:
         return "padded"
-    return "packed, shared prefixes once" if forward.shares_prefixes else "packed"
+    shares = ", shared prefixes once" if forward.shares_prefixes else ""
+    return f"packed{shares}{', CUDA graphs' if isinstance(forward, GraphedForward) else ''}"
 
 
 def _images(batch: Sequence[StageRequest]) -> Images:

@@ -102,6 +102,14 @@ FuseHeads = Annotated[
         "tokens (/embed_all) are then served only with --task tokens. Default: each head has a process.",
     ),
 ]
+CudaGraphs = Annotated[
+    bool | None,
+    typer.Option(
+        "--cuda-graphs/--no-cuda-graphs",
+        help="On a GPU, launch passes of up to 2048 tokens as CUDA graphs. Never run on a GPU yet. Default: "
+        "no graphs.",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool | None, typer.Option("--trust-remote-code", help="Let code that a checkpoint brings run.")
 ]
@@ -184,6 +192,7 @@ def add(
     rerank_prompt: RerankPrompt = None,
     share_prefix: SharePrefix = None,
     fuse_heads: FuseHeads = None,
+    cuda_graphs: CudaGraphs = None,
     chat_template: ChatTemplate = None,
     image_positions: ImagePositions = None,
     min_image_tokens: MinImageTokens = None,
@@ -288,6 +297,7 @@ def serve(
     rerank_prompt: RerankPrompt = None,
     share_prefix: SharePrefix = None,
     fuse_heads: FuseHeads = None,
+    cuda_graphs: CudaGraphs = None,
     chat_template: ChatTemplate = None,
     image_positions: ImagePositions = None,
     min_image_tokens: MinImageTokens = None,

@@ -12,7 +12,7 @@ from backends.families import FAMILIES, family_of
 from backends.forward import PackedForward
 from backends.ragged import Ragged
 from backends.self_check import choose_forward
-from backends.shared_prefix import MIN_SHARED, plan
+from backends.shared_prefix import MIN_SHARED, count_distinct, plan
 from tests.support import checkpoints, decoders, families
 from tests.support.pipeline import CPU
 
@@ -53,6 +53,14 @@ def ragged(rows):
 def passes(rows, max_tokens=10_000, min_shared=MIN_SHARED):
     batch = ragged(rows)
     return list(plan(batch.values.numpy(), batch.lengths, max_tokens, min_shared))
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_about_as_many_distinct_tokens_are_counted_as_a_pass_has(name):
+    batch = ragged(BATCHES[name])
+    computed = sum(int(one.lengths.sum()) for one in passes(BATCHES[name]))
+    # A few common tokens are not worth a segment of their own.
+    assert 0.9 * computed < count_distinct(batch.values.numpy(), batch.lengths) <= computed
 
 
 def rebuilt(one, ids):

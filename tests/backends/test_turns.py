@@ -80,3 +80,26 @@ def test_every_text_is_taken_once_and_turns_keep_to_their_budget(is_whole):
             assert set(piece.places.tolist()) <= left[piece.job.content]
             left[piece.job.content] -= set(piece.places.tolist())
     assert not any(left.values())
+
+
+def test_what_is_computed_once_makes_room_for_more():
+    def measure(pieces):
+        """Of each request all but one token of its texts are shared."""
+        return sum(int(piece.job.lengths[0]) - 1 + len(piece.places) for piece in pieces)
+
+    turns = Turns(12, reach=4, measure=measure)
+    turns.add(job(*[10] * 9, name="a"))
+    turns.add(job(10, name="b"))
+    # Alone, "b" fills the turn: of "a" there is room for nothing.
+    assert taken(turns) == [("b", [0])]
+    # Up to four texts are looked at, and halved until they fit.
+    found = [places for turn in iter(lambda: taken(turns), []) for _, places in turn]
+    assert found == [[0, 1], [2, 3], [4, 5], [6, 7, 8]]
+    assert len(turns) == 0
+
+
+def test_what_was_given_back_keeps_its_place():
+    turns = Turns(10, reach=3, measure=lambda pieces: sum(10 * len(piece.places) for piece in pieces))
+    for name in "abc":
+        turns.add(job(10, name=name))
+    assert [taken(turns) for _ in range(4)] == [[("a", [0])], [("b", [0])], [("c", [0])], []]

@@ -11,7 +11,7 @@ from backends.checkpoint import Checkpoint
 from backends.stages.head import HeadStage
 from backends.stages.loaded_head import LoadedHead
 from backends.warm_up import passes, warm_up
-from kernels.varlen_attention import choose_block
+from kernels.attention_plan import choose_block
 from tests.backends.test_stages import start
 from tests.kernels.conftest import DEVICE, _interpreted  # noqa: F401 (it chooses the interpreter, for all)
 from tests.support import checkpoints

@@ -35,7 +35,7 @@ def launch(kernel, programs, *arguments, num_warps, num_stages=3, **options):
     print(kernel.__name__, "wgmma" * ("wgmma" in made.asm["ptx"]))
 
 language.launch = launch
-from kernels import gated_activation, max_sim, residual_norm, rotary
+from kernels import attention_plan, gated_activation, max_sim, residual_norm, rotary
 from kernels import segment_pooling, sparse_max, varlen_attention
 
 def zeros(*shape, dtype=torch.bfloat16):
@@ -44,7 +44,7 @@ def zeros(*shape, dtype=torch.bfloat16):
 odd = {"window": 64, "softcap": 5.0}
 for size, length, options in [(64, 16, {}), (128, 256, {"causal": True}), (72, 256, odd)]:
     q, k, v = zeros(length, 6, size).split(2, 1)
-    plan = varlen_attention.make_plan([length], device=q.device)
+    plan = attention_plan.make_plan([length], device=q.device)
     varlen_attention.varlen_attention(q, k, v, plan, **options)
 residual_norm.add_rms_norm(zeros(4, 128), zeros(4, 128), zeros(128), 1e-6)
 residual_norm.layer_norm(zeros(4, 1024), zeros(1024), zeros(1024), 1e-6)

@@ -24,7 +24,7 @@ def test_without_triton_the_references_work_and_a_launch_is_refused():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         f"import {', '.join(MODULES)}\n"
-        "import torch; from kernels.varlen_attention import *\n"
+        "import torch; from kernels.attention_plan import *; from kernels.varlen_attention import *\n"
         "x = torch.ones(3, 1, 16); print(varlen_attention_reference(x, x, x, [3]).sum().item())\n"
         "try: varlen_attention(x, x, x, make_plan([3], device=x.device))\n"
         "except RuntimeError as error: print(error)\n"
@@ -41,7 +41,8 @@ def test_kernels_that_were_imported_before_are_interpreted_too():
     code = (
         "import sys, torch, kernels.packed_attention\n"
         "assert 'triton' not in sys.modules, 'for the attention of a CPU'\n"
-        "from kernels.varlen_attention import make_plan, varlen_attention\n"
+        "from kernels.attention_plan import make_plan\n"
+        "from kernels.varlen_attention import varlen_attention\n"
         "import os, tests.kernels.conftest\n"
         "x = torch.ones(3, 1, 16); plan = make_plan([3], device=x.device)\n"
         "print(varlen_attention(x, x, x, plan).sum().item(), 'TRITON_INTERPRET' in os.environ)\n"
