@@ -11,18 +11,13 @@ deficit round robin (Shreedhar and Varghese, 1995).
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import NamedTuple
 
 from gateway.context import Lane
 from gateway.errors import TooManyRequests
-from gateway.places import Places
+from gateway.lane import LaneQueue, LaneState, Price, Ticket
 from gateway.throughput import Throughput
 
 # What an urgent request may have at the server beside a full measure of other work, as part of that measure.
@@ -46,27 +41,6 @@ class AdmissionLimits:
     """Of texts and images that wait, in each lane."""
 
 
-class Price(NamedTuple):
-    """What a client request costs while it waits."""
-
-    tokens: int
-    size: int
-    """Bytes."""
-
-
-@dataclass(frozen=True)
-class LaneState:
-    """Of one lane, now and since the start."""
-
-    queued_tokens: int
-    queued_bytes: int
-    queued_requests: int
-    rejected: int
-    """Client requests that were refused because too much waited."""
-    expired: int
-    """Client requests whose time was over while some of it waited."""
-
-
 @dataclass(frozen=True)
 class AdmissionState:
     """Of one model."""
@@ -77,191 +51,20 @@ class AdmissionState:
     """Answered while there was work; None where nothing was yet. Tokens are estimated as for admission."""
 
 
-class _Waiter(NamedTuple):
-    tokens: int
-    size: int
-    is_granted: asyncio.Future[bool]
-    """Its result is whether it goes by the express account."""
-
-
-class _Lane:
-    def __init__(self, lane: Lane, share: float, most_tokens: int, most_bytes: int) -> None:
-        self.lane = lane
-        self.share = share
-        self.most_tokens = most_tokens
-        self.most_bytes = most_bytes
-        self.clock = 0.0
-        """Tokens sent, by the lane's share."""
-        self.tickets: deque[Ticket] = deque()
-        self.unbegun: deque[Ticket] = deque()
-        """Those of which nothing was sent yet, and maybe others."""
-        self.places = Places()
-        self.tokens = self.bytes = self.requests = self.rejected = self.expired = 0
-
-    def head(self, budget: int) -> tuple[Ticket, _Waiter] | None:
-        """Who is next; one that has used up a budget has gone to the end."""
-        while self.tickets:
-            ticket = self.tickets[0]
-            waiter = ticket.first()
-            if waiter is None:
-                self.tickets.popleft().is_in_lane = False
-            elif ticket.turn_left < waiter.tokens and ticket.turn_left < budget:
-                ticket.turn_left = budget
-                self.tickets.rotate(-1)
-            else:
-                return ticket, waiter
-        return None
-
-    def first_unbegun(self) -> tuple[Ticket, _Waiter] | None:
-        """Who came first of those of which nothing was sent yet."""
-        while self.unbegun:
-            ticket = self.unbegun[0]
-            waiter = None if ticket.has_begun else ticket.first()
-            if waiter is not None:
-                return ticket, waiter
-            self.unbegun.popleft()
-        return None
-
-    def has_room(self, price: Price, key: Callable[[], Hashable], now: float) -> bool:
-        """An empty lane takes anything. Half of it is open to everybody, whatever was promised to others."""
-        if not self.requests:
-            return True
-        tokens = self.tokens + price.tokens
-        if tokens > self.most_tokens or self.bytes + price.size > self.most_bytes:
-            return False
-        if self.places.tokens and self.places.take(key(), now):
-            return True
-        return tokens + min(self.places.tokens, self.most_tokens // 2) <= self.most_tokens
-
-    def state(self) -> LaneState:
-        return LaneState(self.tokens, self.bytes, self.requests, self.rejected, self.expired)
-
-
-class Ticket:
-    """One client request, from when it was let in until it is answered: `with ticket: async with
-    ticket.turn(tokens): ...` for each of its server requests.
-    """
-
-    def __init__(self, queue: ModelQueue, lane: _Lane, price: Price, budget: int) -> None:
-        self._queue = queue
-        self._lane = lane
-        self._waiters: deque[_Waiter] = deque()
-        self._tokens, self._bytes = price
-        self.turn_left = budget
-        self.is_in_lane = False
-        self.has_begun = False
-        lane.tokens += price.tokens
-        lane.bytes += price.size
-        lane.requests += 1
-
-    def turn(self, tokens: int, size: int) -> Turn:
-        """Waits until the server has room for a server request, and counts it while it is there."""
-        return Turn(self, tokens, size)
-
-    def first(self) -> _Waiter | None:
-        """Its next server request that still waits."""
-        while self._waiters and self._waiters[0].is_granted.done():
-            self._waiters.popleft()
-        return self._waiters[0] if self._waiters else None
-
-    async def wait(self, tokens: int, size: int) -> bool:
-        """Whether it goes by the express account."""
-        waiter = _Waiter(tokens, size, asyncio.get_running_loop().create_future())
-        self._waiters.append(waiter)
-        if not self.is_in_lane:
-            self._queue.join(self, self._lane)
-        self._queue.dispatch()
-        try:
-            return await waiter.is_granted
-        except asyncio.CancelledError:
-            if waiter.is_granted.cancelled():
-                # What stands behind it may be smaller.
-                self._queue.dispatch()
-            else:
-                self._queue.finish(tokens, answered=0, is_express=waiter.is_granted.result())
-            raise
-
-    def done(self, tokens: int, *, is_express: bool, is_answered: bool) -> None:
-        """A server request of it has left the server."""
-        self._queue.finish(tokens, answered=tokens if is_answered else 0, is_express=is_express)
-
-    def grant(self, *, is_express: bool) -> None:
-        """Sends the next server request on its way."""
-        waiter = self._waiters.popleft()
-        self.has_begun = True
-        self.turn_left -= waiter.tokens
-        self._leave(waiter.tokens, waiter.size)
-        waiter.is_granted.set_result(is_express)
-
-    def _leave(self, tokens: int, size: int) -> None:
-        self._tokens -= tokens
-        self._bytes -= size
-        self._lane.tokens -= tokens
-        self._lane.bytes -= size
-        if not self._tokens:
-            self._lane.requests -= 1
-
-    def expire(self) -> None:
-        """Its time is over."""
-        if self._tokens > 0:
-            self._lane.expired += 1
-
-    def __enter__(self) -> Ticket:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """What of it still waits is forgotten."""
-        if self._tokens > 0:
-            self._leave(self._tokens, self._bytes)
-
-
-class Turn:
-    """One server request's stay at the server."""
-
-    def __init__(self, ticket: Ticket, tokens: int, size: int) -> None:
-        self._ticket = ticket
-        self._tokens = tokens
-        self._size = size
-        self._is_express = False
-
-    async def __aenter__(self) -> None:
-        self._is_express = await self._ticket.wait(self._tokens, self._size)
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ticket.done(self._tokens, is_express=self._is_express, is_answered=kind is None)
-
-
-class FreePass:
-    """In place of a ticket, for what is not held up."""
-
-    def turn(self, tokens: int, size: int) -> contextlib.AbstractAsyncContextManager[None]:
-        """At once."""
-        return contextlib.nullcontext()
-
-    def expire(self) -> None:
-        """Its time is over."""
-
-    def __enter__(self) -> FreePass:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-
 class ModelQueue:
     """The work of one model."""
 
-    def __init__(self, name: str, budget: int, limits: AdmissionLimits, clock: Callable[[], float]) -> None:
-        """`name` is what clients call it, `budget` the tokens of one pass of its encoder."""
+    budget: int
+    """Tokens of one pass of its encoder."""
+
+    def __init__(self, name: str, limits: AdmissionLimits, clock: Callable[[], float]) -> None:
+        """`name` is what clients call it."""
         self._name = name
-        self._budget = budget
         self._clock = clock
-        self._most = limits.in_flight_budgets * budget
+        self._budgets = limits.in_flight_budgets
         shares = {Lane.INTERACTIVE: limits.interactive_share, Lane.BULK: 1 - limits.interactive_share}
         self._lanes = {
-            lane: _Lane(lane, share, limits.max_queued_tokens[lane], limits.max_queued_bytes)
+            lane: LaneQueue(lane, share, limits.max_queued_tokens[lane], limits.max_queued_bytes)
             for lane, share in shares.items()
         }
         self._now_served = 0.0
@@ -274,21 +77,18 @@ class ModelQueue:
         so that it is known again. Raises TooManyRequests.
         """
         if lane is None:
-            lane = Lane.BULK if price.tokens > self._budget else Lane.INTERACTIVE
+            lane = Lane.BULK if price.tokens > self.budget else Lane.INTERACTIVE
         chosen = self._lanes[lane]
-        if not chosen.has_room(price, key, self._clock()):
-            raise self._refusal(chosen, price, key())
-        return Ticket(self, chosen, price, self._budget)
+        now, rate = self._clock(), self._rate(chosen)
+        if not chosen.has_room(price, key, now, rate):
+            raise self._refusal(chosen, price, key(), now, rate)
+        return Ticket(self, chosen, price, self.budget)
 
-    def join(self, ticket: Ticket, lane: _Lane) -> None:
+    def join(self, ticket: Ticket, lane: LaneQueue) -> None:
         """Puts a request at the end of its lane. A lane that had no work has not saved up turns."""
         if not lane.tickets:
             lane.clock = max(lane.clock, self._now_served)
-        ticket.turn_left = self._budget
-        ticket.is_in_lane = True
-        lane.tickets.append(ticket)
-        if not ticket.has_begun:
-            lane.unbegun.append(ticket)
+        lane.join(ticket, self.budget)
 
     def dispatch(self) -> None:
         """Sends what there is room for."""
@@ -296,11 +96,12 @@ class ModelQueue:
             pass
 
     def _send_next(self) -> bool:
-        heads = [(lane, head) for lane in self._lanes.values() if (head := lane.head(self._budget))]
+        heads = [(lane, head) for lane in self._lanes.values() if (head := lane.head(self.budget))]
         if not heads:
             return False
+        most = self._budgets * self.budget
         lane, (ticket, waiter) = min(heads, key=lambda pair: pair[0].clock)
-        if not self._in_flight or self._in_flight + waiter.tokens <= self._most:
+        if not self._in_flight or self._in_flight + waiter.tokens <= most:
             self._send(lane, ticket, waiter.tokens, is_express=False)
             return True
         # None overtakes the lane whose turn it is but what is urgent and short, by an account of its own:
@@ -309,12 +110,12 @@ class ModelQueue:
         if (first := urgent.first_unbegun()) is None:
             return False
         ticket, waiter = first
-        if self._express + waiter.tokens > self._most * _EXPRESS_SHARE:
+        if self._express + waiter.tokens > most * _EXPRESS_SHARE:
             return False
         self._send(urgent, ticket, waiter.tokens, is_express=True)
         return True
 
-    def _send(self, lane: _Lane, ticket: Ticket, tokens: int, *, is_express: bool) -> None:
+    def _send(self, lane: LaneQueue, ticket: Ticket, tokens: int, *, is_express: bool) -> None:
         if not self._in_flight + self._express:
             self._throughput.begin(self._clock())
         if is_express:
@@ -335,25 +136,22 @@ class ModelQueue:
         self._throughput.note(answered, self._clock(), is_full=is_full)
         self.dispatch()
 
-    def _refusal(self, lane: _Lane, price: Price, key: Hashable) -> TooManyRequests:
-        lane.rejected += 1
+    def _rate(self, lane: LaneQueue) -> float | None:
+        """Tokens a second that a lane advances by; None before anything was answered."""
         rate = self._throughput.tokens_per_s
-        wait = _UNKNOWN_WAIT_S
+        is_shared = any(other.tokens for other in self._lanes.values() if other is not lane)
+        return rate * lane.share if rate is not None and is_shared else rate
+
+    def _refusal(
+        self, lane: LaneQueue, price: Price, key: Hashable, now: float, rate: float | None
+    ) -> TooManyRequests:
+        lane.rejected += 1
+        kept, wait = 0, _UNKNOWN_WAIT_S
         if rate is not None:
-            others = [one for one in self._lanes.values() if one is not lane and one.tokens]
-            own = rate * lane.share if others else rate
-            wait = lane.places.keep(key, price.tokens, self._clock(), lane.tokens / own, own)
-        what, setting = (
-            (f"{lane.tokens} tokens", "TOKENS")
-            if lane.tokens + price.tokens > lane.most_tokens or lane.bytes + price.size <= lane.most_bytes
-            else (f"{lane.bytes} bytes", "BYTES")
-        )
-        bulk = "BULK_" if lane.lane is Lane.BULK and setting == "TOKENS" else ""
-        most = lane.most_tokens if setting == "TOKENS" else lane.most_bytes
+            kept = lane.promised(now, rate)
+            wait = lane.places.keep(key, price.tokens, now, lane.charged / rate, rate)
         return TooManyRequests(
-            f"the model {self._name} is busy: {what} of {lane.lane} requests wait already, at most {most} "
-            f"may, and this one has {price.tokens if setting == 'TOKENS' else price.size}; try again in "
-            f"{wait:.1f} s (the operator can raise the limit with GATEWAY_MAX_QUEUED_{bulk}{setting})",
+            f"the model {self._name} is busy: {_explain(lane, price, kept)}; try again in {wait:.1f} s",
             retry_after_s=wait,
         )
 
@@ -366,6 +164,21 @@ class ModelQueue:
         )
 
 
+def _explain(lane: LaneQueue, price: Price, kept: int) -> str:
+    """Why a lane has no room for a request, and what an operator can do about it."""
+    bulk = "BULK_" if lane.lane is Lane.BULK else ""
+    name = f"GATEWAY_MAX_QUEUED_{bulk}TOKENS"
+    own, waiting, most, unit = price.tokens, lane.charged, lane.most_tokens, "tokens"
+    if lane.bytes + price.size > lane.most_bytes and waiting + own <= most:
+        own, waiting, most, unit = price.size, lane.bytes, lane.most_bytes, "bytes"
+        name, kept = "GATEWAY_MAX_QUEUED_BYTES", 0
+    promised = f", room for {kept} is kept for those who were told to come back" if kept else ""
+    return (
+        f"{waiting} {unit} of {lane.lane} requests wait already{promised}, at most {most} may, and this one "
+        f"has {own} (the operator can raise the limit with {name})"
+    )
+
+
 class Admission:
     """The queues of all models of a gateway process."""
 
@@ -376,9 +189,12 @@ class Admission:
 
     def queue(self, name: str, served_name: str, budget: int) -> ModelQueue:
         """Of the model whose ensemble has this name."""
-        if name not in self._queues:
-            self._queues[name] = ModelQueue(served_name, budget, self._limits, self._clock)
-        return self._queues[name]
+        queue = self._queues.get(name)
+        if queue is None:
+            queue = self._queues[name] = ModelQueue(served_name, self._limits, self._clock)
+        # A model may come back with another.
+        queue.budget = budget
+        return queue
 
     def states(self) -> dict[str, AdmissionState]:
         """By the ensemble's name, of the models that were asked for something."""

@@ -30,10 +30,11 @@ from backends.contract import (
     entry_name,
     multimodal_name,
 )
-from gateway.admission import Admission, AdmissionLimits, FreePass, Price, Ticket
+from gateway.admission import Admission, AdmissionLimits
 from gateway.batches import Answer, Array, Item, Part, cut, merge, size, tensors
 from gateway.context import current
 from gateway.errors import AnswerTooLarge, GatewayError, RefusedItem, ServerFault, TimedOut, Unavailable
+from gateway.lane import FreePass, Price, Ticket
 from gateway.pipeline import Pipeline, read_pipeline
 from gateway.urgency import time_limit
 

@@ -16,6 +16,8 @@ _LONGEST_WAIT_S = 60.0
 _PROMISED = 0.9
 # Who comes so much later than told has given up. A second is lost to a header of whole seconds.
 _PATIENCE_S = 3.0
+# How much one who comes, or does not, says of the others.
+_LEARNING = 0.1
 # Clocks and timers differ by so much.
 _EARLY_S = 0.05
 
@@ -35,8 +37,9 @@ class Places:
         self._in_order: deque[_Place] = deque()
         self._by_key: dict[Hashable, deque[_Place]] = {}
         self._next_due = 0.0
-        self.tokens = 0
-        """Of all places that are kept."""
+        self._tokens = 0
+        self._return_rate = 1.0
+        """Of those who were told to come back the share that does, of late."""
 
     def keep(self, key: Hashable, tokens: int, now: float, wait_s: float, tokens_per_s: float) -> float:
         """The seconds after which a request is to come back: not before `wait_s`, and not before the server
@@ -45,11 +48,11 @@ class Places:
         due = max(now + wait_s, self._next_due)
         if due - now > _LONGEST_WAIT_S:
             return _LONGEST_WAIT_S
-        self._next_due = due + tokens / (tokens_per_s * _PROMISED)
+        self._next_due = due + tokens * self._return_rate / (tokens_per_s * _PROMISED)
         place = _Place(key, tokens, due)
         self._in_order.append(place)
         self._by_key.setdefault(key, deque()).append(place)
-        self.tokens += tokens
+        self._tokens += tokens
         return due - now
 
     def take(self, key: Hashable, now: float) -> bool:
@@ -59,7 +62,18 @@ class Places:
         if not kept or kept[0].due > now + _EARLY_S:
             return False
         self._drop(kept[0])
+        self._learn(1.0)
         return True
+
+    def tokens_until(self, time: float, now: float, tokens_per_s: float) -> int:
+        """About how many tokens of those who were told to come by then are expected."""
+        self.forget(now)
+        if not self._in_order or self._in_order[0].due > time:
+            return 0
+        # They stand one behind the other, as they are paced.
+        first = self._in_order[0]
+        paced = first.tokens + (time - first.due) * tokens_per_s * _PROMISED
+        return int(min(self._tokens, paced) * self._return_rate)
 
     def forget(self, now: float) -> None:
         """Gives up the places of those who did not come."""
@@ -67,14 +81,18 @@ class Places:
             place = self._in_order.popleft()
             if not place.is_taken:
                 self._drop(place)
+                self._learn(0.0)
 
     def _drop(self, place: _Place) -> None:
         place.is_taken = True
-        self.tokens -= place.tokens
+        self._tokens -= place.tokens
         kept = self._by_key[place.key]
         kept.popleft()
         if not kept:
             del self._by_key[place.key]
 
-    def __len__(self) -> int:
-        return sum(map(len, self._by_key.values()))
+    def _learn(self, came: float) -> None:
+        self._return_rate += _LEARNING * (came - self._return_rate)
+
+    def __bool__(self) -> bool:
+        return bool(self._by_key)

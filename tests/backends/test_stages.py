@@ -334,7 +334,7 @@ def test_what_fits_in_no_way_is_told_and_its_neighbours_live(path, caplog):
         encoded(stage, np.arange(5, 35)),
         encoded(stage, np.arange(5, 8), np.arange(5, 35), np.arange(5, 9)),
     )
-    turns, _ = without_memory(stage, 12)
+    without_memory(stage, 12)
     with caplog.at_level(logging.WARNING):
         fine, refused, half = answers(stage, [small, large, mixed])
     assert fine.error is None
@@ -348,9 +348,7 @@ def test_what_fits_in_no_way_is_told_and_its_neighbours_live(path, caplog):
 
 
 def test_memory_that_ends_in_a_head_is_told_too(path):
-    stage = start(
-        EncoderStage(), path, dtype="float32", threads="1", heads="dense", fuse_heads="true"
-    )
+    stage = start(EncoderStage(), path, dtype="float32", threads="1", heads="dense", fuse_heads="true")
 
     def broken(works, answers):
         raise torch.OutOfMemoryError("no")

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.admission import Admission, AdmissionLimits, Price
+from gateway.admission import Admission, AdmissionLimits
 from gateway.context import Lane
 from gateway.errors import TooManyRequests
+from gateway.lane import Price
 from tests.support.figures import show
 
 BUDGET = 100
@@ -215,14 +216,15 @@ async def test_more_than_may_wait_is_refused_as_a_whole_and_at_once():
     server = Server()
     server.start("running", [100] * 2, FAST)
     await settle()
-    server.start("waiting", [90] * 10, FAST)
+    server.start("waiting", [90] * 5, FAST)
+    server.start("waiting", [90] * 5, FAST)
     await settle()
     with pytest.raises(TooManyRequests) as caught:
         await server.ask("refused", [60] * 2, FAST)
     assert caught.value.message == (
         "the model org/tiny is busy: 900 tokens of interactive requests wait already, at most 1000 may, and "
-        "this one has 120; try again in 1.0 s (the operator can raise the limit with "
-        "GATEWAY_MAX_QUEUED_TOKENS)"
+        "this one has 120 (the operator can raise the limit with GATEWAY_MAX_QUEUED_TOKENS); try again in "
+        "1.0 s"
     )
     assert caught.value.retry_after_s == 1
     assert server.state.lanes[FAST].rejected == 1
@@ -240,22 +242,26 @@ async def test_bytes_that_wait_have_a_bound_too():
     server.start("waiting", [100] * 2, SLOW)
     await settle()
     with pytest.raises(
-        TooManyRequests, match=r"200 bytes of bulk .* at most 250 .* has 60; .* GATEWAY_MAX_QUEUED_BYTES"
+        TooManyRequests, match=r"200 bytes of bulk .* at most 250 .* has 60 .* GATEWAY_MAX_QUEUED_BYTES"
     ):
         await server.ask("refused", [30] * 2, SLOW)
     await server.finish()
 
 
-async def test_an_empty_lane_takes_anything():
+async def test_an_empty_lane_takes_anything_and_keeps_nobody_out_with_it():
     server = Server()
     server.start("running", [100] * 2, SLOW)
     await settle()
     server.start("larger than the bound", [100] * 50, SLOW)
     await settle()
-    with pytest.raises(TooManyRequests):
-        await server.ask("another", [10], SLOW)
+    assert server.state.lanes[SLOW].queued_tokens == 5000
+    server.start("half of the bound", [100] * 20, SLOW)
+    await settle()
+    with pytest.raises(TooManyRequests, match="4000 tokens of bulk requests wait already, at most 4000 may"):
+        await server.ask("more", [10], SLOW)
     await server.finish()
     assert server.sent.count(("larger than the bound", 100)) == 50
+    assert server.sent.index(("half of the bound", 100)) < 6, "they take turns"
 
 
 async def test_the_rate_is_measured_while_the_server_is_busy_only():
@@ -273,15 +279,24 @@ async def test_the_rate_is_measured_while_the_server_is_busy_only():
 
 async def test_how_long_to_wait_is_what_waits_by_the_rate():
     server = Server()
-    server.start("queue", [100] * 40, SLOW)
+    for _ in range(2):
+        server.start("queue", [100] * 20, SLOW)
     for _ in range(20):
         await server.answer(seconds=0.5)
     assert server.state.lanes[SLOW].queued_tokens == 1800
-    server.start("more", [100] * 22, SLOW)
+    server.start("more", [100] * 20, SLOW)
     await settle()
     with pytest.raises(TooManyRequests) as caught:
-        await server.ask("refused", [100], SLOW)
-    assert caught.value.retry_after_s == pytest.approx(4000 / 200, rel=0.05)
+        await server.ask("refused", [100] * 3, SLOW)
+    assert caught.value.retry_after_s == pytest.approx(3800 / 200, rel=0.05)
+    server.start("urgent", [100] * 9, FAST)
+    await settle()
+    with pytest.raises(TooManyRequests) as caught:
+        await server.ask("refused too", [100] * 3, SLOW)
+    # After those who were refused before, at nine tenths, and by what bulk has while others wait.
+    assert caught.value.retry_after_s == pytest.approx(3800 / 50, rel=0.05) or (
+        caught.value.retry_after_s == 60
+    )
     await server.finish()
 
 
@@ -348,23 +363,31 @@ async def test_who_waits_as_long_as_it_is_told_is_let_in():
 
 async def test_places_of_those_who_do_not_come_are_given_up():
     server = Server()
-    server.start("queue", [100] * 12, FAST)
+    for _ in range(3):
+        server.start("queue", [100] * 4, FAST)
+        await settle()
+    # The server does 1000 tokens/s: those who are refused are told to come after one second, and later.
     for _ in range(4):
         await server.answer(seconds=0.1)
     server.start("more", [100] * 4, FAST)
     await settle()
+    assert server.state.lanes[FAST].queued_tokens == 1000
     for i in range(30):
         with pytest.raises(TooManyRequests):
             await server.ask(f"gone {i}", [100], FAST)
-    for _ in range(8):
+    for _ in range(6):
         await server.answer(seconds=0.1)
-    server.start("new", [50], FAST)
+    assert server.state.lanes[FAST].queued_tokens == 400
+    server.clock.now += 0.4
+    server.start("new", [100], FAST)
     await settle()
     assert server.state.lanes[FAST].rejected == 30, "half of the queue is open to everybody"
+    with pytest.raises(TooManyRequests, match=r"500 tokens .* room for \d+ is kept for those who were told"):
+        await server.ask("another", [100] * 2, FAST)
     server.clock.now += 100
-    server.start("more", [100] * 7, FAST)
+    server.start("another", [100] * 5, FAST)
     await settle()
-    assert server.state.lanes[FAST].rejected == 30
+    assert server.state.lanes[FAST].rejected == 31
     await server.finish()
 
 

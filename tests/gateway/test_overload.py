@@ -202,7 +202,8 @@ async def test_what_is_not_answered_in_time(client, inference, path):
     assert answer.status_code == status
     name = body.get("model", "org/tiny")
     assert message(answer.json()) == (
-        f"{name} did not answer within 0.05 s, its timeout; give it more time, or send fewer or shorter inputs"
+        f"{name} did not answer within 0.05 s, its timeout; give it more time, or send fewer or "
+        "shorter inputs"
     )
     assert inference._client.cancelled == 1, "the call to the server ends, too"
     assert inference.admission.states()[name.removeprefix("org/")].in_flight_tokens == 0
@@ -247,9 +248,16 @@ async def test_what_waits_past_its_deadline_is_never_sent(client, inference):
 @pytest.mark.parametrize(
     ("fault", "status", "text"),
     [
-        (("in ensemble 'a', deadline_exceeded: late", "StatusCode.CANCELLED"), 504, "within 9 s, its timeout"),
         (
-            ("in ensemble 'a', out_of_memory: the device has no memory for 9 tokens", "StatusCode.UNAVAILABLE"),
+            ("in ensemble 'a', deadline_exceeded: late", "StatusCode.CANCELLED"),
+            504,
+            "within 9 s, its timeout",
+        ),
+        (
+            (
+                "in ensemble 'a', out_of_memory: the device has no memory for 9 tokens",
+                "StatusCode.UNAVAILABLE",
+            ),
             503,
             "org/tiny: the device has no memory for 9 tokens",
         ),
