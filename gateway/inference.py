@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -177,17 +177,17 @@ class GrpcInference:
         with self._enter(pipeline, items, parts, asked, stage) as ticket:
             try:
                 async with limit.watch(pipeline.served_model_name) if limit else contextlib.nullcontext():
-                    answers = await asyncio.gather(*map(infer_part, parts), return_exceptions=True)
+                    answers = await _all_or_fault(infer_part, parts)
             except TimedOut:
                 ticket.expire()
                 raise
         failures = [
-            _place(a, part) for a, part in zip(answers, parts, strict=True) if isinstance(a, BaseException)
+            _place(a, part) for a, part in zip(answers, parts, strict=True) if isinstance(a, RefusedItem)
         ]
         if failures:
             # Of several refused items the client is told the first, whichever server request came back first.
-            raise min(failures, key=_first_item)
-        good = [answer for answer in answers if not isinstance(answer, BaseException)]
+            raise min(failures, key=lambda error: error.item or 0)
+        good = [answer for answer in answers if not isinstance(answer, RefusedItem)]
         return {name: merge(name, good, parts, len(items)) for name in outputs}
 
     def _enter(
@@ -304,6 +304,33 @@ class GrpcInference:
         return ServerFault("the model failed on this request; the server's log tells why")
 
 
+async def _all_or_fault(
+    infer_part: Callable[[Part], Coroutine[Any, Any, dict[str, Array]]], parts: Sequence[Part]
+) -> list[dict[str, Array] | RefusedItem]:
+    """What each gives, or why it is refused. What fails for another reason than an item ends the others, for
+    nobody waits for them.
+    """
+    tasks: list[asyncio.Task[dict[str, Array]]] = []
+    faults: list[Exception] = []
+
+    async def run(part: Part) -> dict[str, Array]:
+        try:
+            return await infer_part(part)
+        except RefusedItem:
+            raise
+        except Exception as fault:
+            faults.append(fault)
+            for other in tasks if len(faults) == 1 else ():
+                other.cancel()
+            raise
+
+    tasks.extend(asyncio.create_task(run(part)) for part in parts)
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    if faults:
+        raise faults[0]
+    return [answer for answer in answers if isinstance(answer, (dict, RefusedItem))]
+
+
 def _not_answering(subject: str) -> Unavailable:
     return Unavailable(f"the model {subject} does not answer at the moment; try again in a while")
 
@@ -326,14 +353,8 @@ def _entry(pipeline: Pipeline, stage: str | None, *, has_images: bool) -> str:
     return multimodal_name(pipeline.name) if has_images else pipeline.name
 
 
-def _place(error: BaseException, part: Part) -> BaseException:
+def _place(error: RefusedItem, part: Part) -> RefusedItem:
     """A refused item's place in a server request -> its place in the client's list."""
-    if isinstance(error, RefusedItem) and error.item is not None:
-        return RefusedItem(error.message, item=part.places[error.item], reason=error.reason)
-    return error
-
-
-def _first_item(error: BaseException) -> tuple[bool, int]:
-    """Sorts faults of this side before refused items, and those by their place."""
-    is_refusal = isinstance(error, RefusedItem)
-    return is_refusal, error.item or 0 if isinstance(error, RefusedItem) else 0
+    if error.item is None:
+        return error
+    return RefusedItem(error.message, item=part.places[error.item], reason=error.reason)

@@ -13,6 +13,9 @@ from typing import NamedTuple, Protocol
 from gateway.context import Lane
 from gateway.places import Places
 
+# What of the bound may wait where those who were told to come back do.
+_HONOURED = 1.5
+
 
 class Price(NamedTuple):
     """What a client request costs while it waits."""
@@ -118,11 +121,13 @@ class LaneQueue:
         if not self.requests:
             return True
         tokens = self.charged + price.tokens
-        if tokens > self.most_tokens or self.bytes + price.size > self.most_bytes:
+        if self.bytes + price.size > self.most_bytes:
             return False
-        if rate is None or (self.places and self.places.take(key(), now)):
-            return True
-        return tokens + self.promised(now, rate) <= self.most_tokens
+        if self.places and self.places.take(key(), now):
+            # The server may have become slower than it was when it was promised.
+            return tokens <= self.most_tokens * _HONOURED
+        promised = 0 if rate is None else self.promised(now, rate)
+        return tokens + promised <= self.most_tokens
 
     def promised(self, now: float, rate: float) -> int:
         """Tokens for which room is kept: of those who were told to come before what waits now is done. Half

@@ -60,7 +60,8 @@ class Settings(BaseSettings):
     """Of a model's tokens, where interactive and bulk requests wait; the rest is of bulk requests."""
     max_queued_tokens: int = Field(250_000, ge=1)
     """Tokens of interactive requests that wait for a model, in each gateway process; more are refused with
-    429. About one for two bytes of text.
+    429, but for those who come back when they were told to, who may make it half as much again. About one
+    for two bytes of text; of one request no more than half of the bound is counted.
     """
     max_queued_bulk_tokens: int = Field(2_000_000, ge=1)
     """The same of bulk requests."""

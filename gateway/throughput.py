@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 # Of what lies this many busy seconds back a third still counts.
-_MEMORY_S = 10.0
+_MEMORY_S = 5.0
 
 
 class _DecayedRate:

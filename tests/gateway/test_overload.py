@@ -281,3 +281,12 @@ async def test_both_sides_of_a_comparison_end_together(client, inference):
     assert inference.admission.states()["tiny"].in_flight_tokens == before
     inference._client.release.set()
     await asyncio.gather(*tasks)
+
+
+async def test_a_request_that_fails_on_this_side_ends_as_a_whole(client, inference):
+    inference._client.fault = ("in ensemble 'a', internal: broken", "StatusCode.INTERNAL")
+    answer = await client.post("/v1/embeddings", json={"input": [TEXT] * 200})
+    assert answer.status_code == 500
+    assert len(inference._client.asked) <= 128 / 16
+    assert inference.admission.states()["tiny"].in_flight_tokens == 0
+    assert lane(inference, Lane.BULK).queued_tokens == 0

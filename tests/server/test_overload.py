@@ -6,6 +6,7 @@ OVERLOAD_S=30 runs the overload for that long; the suite is content with less.
 import asyncio
 import base64
 import os
+import random
 import time
 
 import aiohttp
@@ -99,6 +100,19 @@ async def until(condition):
             await asyncio.sleep(0.02)
 
 
+async def embed_at_last(session, texts):
+    """Vectors, however often that is put off."""
+    while True:
+        status, headers, answer = await embed(session, texts, priority="bulk")
+        if status == 200:
+            return answer
+        await asyncio.sleep(int(headers["retry-after-ms"]) / 1000)
+
+
+def batched(rows, size):
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 class Clients:
     """Each sends one request at a time, a new one as soon as the last is answered; told to come back it does,
     when it was told to.
@@ -108,7 +122,7 @@ class Clients:
         self.session = session
         self.right = right
         self.stop_at = stop_at
-        self.latencies, self.waits = [], []
+        self.latencies, self.waits, self.firsts = [], [], []
         self.tokens = self.refused = self.in_vain = self.wrong = 0
 
     async def run(self, i, count, **fields):
@@ -127,9 +141,9 @@ class Clients:
                 if status == 200:
                     self.latencies.append(time.monotonic() - started)
                     self.tokens += price(texts)
-                    # The first text has the client's own words before it.
                     self.wrong += (answer[1:] * self.right[places[1:]]).sum(1).min(initial=1) < 0.9999
-                    self.wrong += (answer[0] * self.right[places[0]]).sum() < 0.8
+                    # The first text has the client's own words before it.
+                    self.firsts.append((texts[0], answer[0]))
                     break
                 assert status == 429, answer
                 assert headers["x-should-retry"] == "true"
@@ -230,10 +244,13 @@ async def test_ten_times_as_much_as_can_be_done(serving, session):
         *(fast.run(i, 1, priority="interactive") for i in range(10 * held)),
         *(slow.run(i, LIST_TEXTS) for i in range(10 * QUEUED_BULK // price(TEXTS[:LIST_TEXTS]))),
     )
+    sample = random.Random(0).sample(fast.firsts + slow.firsts, 64)
+    again = [await embed_at_last(session, [text for text, _ in part]) for part in batched(sample, 8)]
+    cosines = (np.concatenate(again) * np.stack([row for _, row in sample])).sum(1)
     rate = (fast.tokens + slow.tokens) / SECONDS
     p50, p99 = np.quantile(fast.latencies, [0.5, 0.99])
     # What may be before it: its lane's queue at the lane's share, and what the server has.
-    most = QUEUED / (0.75 * rate) + 3 * BUDGET / rate
+    most = 1.5 * QUEUED / (0.75 * rate) + 3 * BUDGET / rate
     told = [wait for wait in fast.waits + slow.waits if wait < 60]
     show(
         f"{SECONDS:g} s of ten times as many clients as can be held ({10 * held} interactive): {rate:.0f} "
@@ -244,6 +261,7 @@ async def test_ten_times_as_much_as_can_be_done(serving, session):
         f"so long were refused again; {fast.wrong + slow.wrong} answers wrong"
     )
     assert fast.wrong + slow.wrong == 0
+    assert cosines.min() > 0.9999
     assert fast.refused > 10 * held / 2, "else it was no overload"
     assert p99 < 2 * most
     assert slow.tokens > 0.15 * (fast.tokens + slow.tokens), "a quarter is its share"
