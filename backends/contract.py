@@ -165,6 +165,10 @@ class RequestParameter(StrEnum):
     """bool, of the tokenizer's entry: whether `token_texts` and its like have the model's special tokens."""
     SKIP_SPECIAL_TOKENS = "skip_special_tokens"
     """bool, of the tokenizer's entry: whether `decoded` leaves special tokens out."""
+    DEADLINE_MS = "deadline_ms"
+    """int, milliseconds since 1970: what has not begun by then is not computed. Where the server runs on
+    another machine than who sets it, both need the same clock.
+    """
 
 
 class PipelineParameter(StrEnum):
@@ -212,7 +216,7 @@ ROLES = ("query", "document")
 
 
 class ErrorCode(StrEnum):
-    """Why a request was refused. Everything but INTERNAL is the client's to mend."""
+    """Why a request was refused. All but the last three are the client's to mend."""
 
     INVALID_INPUT = "invalid_input"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
@@ -225,6 +229,10 @@ class ErrorCode(StrEnum):
     INVALID_IMAGE = "invalid_image"
     IMAGES_TOO_LONG = "images_too_long"
     """Images take more tokens than there are; unlike a text they are never cut."""
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    """Nobody waits for the answer any more."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """The device has no room for the request at the moment."""
     INTERNAL = "internal"
 
 

@@ -8,7 +8,7 @@ the second keeps a long one from waiting for ever. A long request takes several 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -71,6 +71,18 @@ class Piece(NamedTuple, Generic[T]):
     places: Places
 
 
+def halve(pieces: Sequence[Piece[T]], *, is_whole: bool) -> list[list[Piece[T]]]:
+    """Two batches of about as many sequences; one where there is nothing to cut. `is_whole` keeps the
+    sequences of a request together.
+    """
+    if len(pieces) == 1 and not is_whole:
+        job, places = pieces[0]
+        middle = len(places) // 2
+        return [[Piece(job, half)] for half in (places[:middle], places[middle:]) if len(half)]
+    middle = len(pieces) // 2
+    return [half for half in (list(pieces[:middle]), list(pieces[middle:])) if half]
+
+
 class Turns(Generic[T]):
     """The requests that wait, in the order in which they came."""
 
@@ -98,6 +110,9 @@ class Turns(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._jobs)
+
+    def __iter__(self) -> Iterator[Job[T]]:
+        return iter(self._jobs)
 
     def add(self, job: Job[T]) -> None:
         """Puts a request at the end."""

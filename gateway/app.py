@@ -25,6 +25,7 @@ from gateway.error_bodies import ErrorStyle
 from gateway.errors import BadRequest, GatewayError, ServerFault
 from gateway.images import ImageLoader
 from gateway.inference import GrpcInference, Inference
+from gateway.middleware.disconnect import Disconnect
 from gateway.middleware.request_id import HEADER, RequestId
 from gateway.readiness import Readiness
 from gateway.scoring import Scorer
@@ -52,7 +53,10 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # Made here: the gRPC channel belongs to the event loop that runs now.
         own = inference or GrpcInference(
-            settings.server, settings.request_timeout_s, settings.max_answer_bytes
+            settings.server,
+            settings.request_timeout_s,
+            settings.max_answer_bytes,
+            settings.admission_limits,
         )
         catalog = Catalog(own)
         readiness = Readiness(own, catalog, settings.canary_interval_s, settings.patience_s)
@@ -87,6 +91,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     for name, dialect in DIALECTS.items():
         app.include_router(dialect.router, tags=[name])
     # The last one added is the first that a request passes.
+    app.add_middleware(Disconnect)
     app.add_middleware(RequestId)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)

@@ -47,6 +47,10 @@ class Part:
     places: list[int]
     """Where they stand in the client's list."""
     has_images: bool
+    tokens: int
+    """About as many as they have at most."""
+    size: int
+    """Bytes."""
 
 
 def size(item: Item) -> int:
@@ -64,11 +68,14 @@ def cut(items: Sequence[Item], pipeline: Pipeline) -> list[Part]:
     for i, item in enumerate(items):
         kinds[isinstance(item, Content)].append(i)
     budgets = pipeline.max_batch_tokens, pipeline.max_batch_tokens // _IMAGE_SHARE
-    return [
-        Part(places, has_images)
-        for has_images, those, budget in zip((False, True), kinds, budgets, strict=True)
-        for places in _cut({i: _load(items[i], pipeline) for i in those}, pipeline.max_batch_size, budget)
-    ]
+    parts = []
+    for has_images, those, budget in zip((False, True), kinds, budgets, strict=True):
+        loads = {i: _load(items[i], pipeline) for i in those}
+        for places in _cut(loads, pipeline.max_batch_size, budget):
+            own = [loads[i] for i in places]
+            tokens, size = sum(load.tokens for load in own), sum(load.size for load in own)
+            parts.append(Part(places, has_images, tokens, size))
+    return parts
 
 
 class _Load(NamedTuple):

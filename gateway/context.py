@@ -30,6 +30,8 @@ class RequestContext:
     """None leaves it to the request's size."""
     deadline: float | None = None
     """time.monotonic() after which nobody wants an answer."""
+    time_limit: str = ""
+    """What set the deadline, in words."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds that each phase took, as far as it is known by now."""
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -25,13 +25,18 @@ from backends.contract import (
     TOKEN_VECTORS,
     ErrorCode,
     PipelineParameter,
+    RequestParameter,
     StageFailure,
     entry_name,
     multimodal_name,
 )
+from gateway.admission import Admission, AdmissionLimits
 from gateway.batches import Answer, Array, Item, Part, cut, merge, size, tensors
+from gateway.context import current
 from gateway.errors import AnswerTooLarge, GatewayError, RefusedItem, ServerFault, TimedOut, Unavailable
+from gateway.lane import FreePass, Price, Ticket
 from gateway.pipeline import Pipeline, read_pipeline
+from gateway.urgency import time_limit
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +96,10 @@ class Inference(Protocol):
 class GrpcInference:
     """Inference over the server's gRPC interface."""
 
-    def __init__(self, server: str, timeout_s: float, max_answer_bytes: int) -> None:
+    def __init__(
+        self, server: str, timeout_s: float, max_answer_bytes: int, limits: AdmissionLimits | None = None
+    ) -> None:
+        self.admission = Admission(limits or AdmissionLimits())
         self._client = server_client.InferenceServerClient(server, channel_args=_CHANNEL_OPTIONS)
         self._server = server
         self._timeout_s = timeout_s
@@ -156,22 +164,51 @@ class GrpcInference:
                     raise _too_large(self._max_answer_bytes)
                 own = [items[i] for i in part.places]
                 model = _entry(pipeline, stage, has_images=part.has_images)
-                async with self._turn(pipeline, stage, part):
+                async with ticket.turn(part.tokens, part.size), self._turn(pipeline, stage, part):
                     answer = await self._ask(pipeline, model, tensors(own, stage), asked, parameters)
                 answered += sum(array.nbytes * _JSON_WEIGHT.get(name, 1) for name, array in answer.items())
                 if answered > self._max_answer_bytes:
                     raise _too_large(self._max_answer_bytes)
                 return answer
 
-        answers = await asyncio.gather(*map(infer_part, parts), return_exceptions=True)
+        limit = time_limit(self._timeout_s)
+        if limit is not None:
+            parameters = {**parameters, RequestParameter.DEADLINE_MS: limit.deadline_ms}
+        with self._enter(pipeline, items, parts, asked, stage) as ticket:
+            try:
+                async with limit.watch(pipeline.served_model_name) if limit else contextlib.nullcontext():
+                    answers = await _all_or_fault(infer_part, parts)
+            except TimedOut:
+                ticket.expire()
+                raise
         failures = [
-            _place(a, part) for a, part in zip(answers, parts, strict=True) if isinstance(a, BaseException)
+            _place(a, part) for a, part in zip(answers, parts, strict=True) if isinstance(a, RefusedItem)
         ]
         if failures:
             # Of several refused items the client is told the first, whichever server request came back first.
-            raise min(failures, key=_first_item)
-        good = [answer for answer in answers if not isinstance(answer, BaseException)]
+            raise min(failures, key=lambda error: error.item or 0)
+        good = [answer for answer in answers if not isinstance(answer, RefusedItem)]
         return {name: merge(name, good, parts, len(items)) for name in outputs}
+
+    def _enter(
+        self,
+        pipeline: Pipeline,
+        items: Sequence[Item],
+        parts: Sequence[Part],
+        outputs: Sequence[str],
+        stage: str | None,
+    ) -> Ticket | FreePass:
+        """A client request's leave to send what it has. Raises TooManyRequests.
+
+        A canary must tell of the server, not of the queue. What one stage alone answers takes nothing of the
+        encoder, whose tokens are counted, and is limited by its bytes.
+        """
+        context = current()
+        if context is None or stage is not None:
+            return FreePass()
+        queue = self.admission.queue(pipeline.name, pipeline.served_model_name, pipeline.max_batch_tokens)
+        price = Price(sum(part.tokens for part in parts), sum(part.size for part in parts))
+        return queue.enter(price, context.lane, lambda: hash((tuple(items), tuple(outputs))))
 
     async def _ask(
         self,
@@ -243,6 +280,12 @@ class GrpcInference:
         status = error.status() or ""
         message = error.message() or ""
         failure = StageFailure.parse(message)
+        if failure is not None and failure.code is ErrorCode.OUT_OF_MEMORY:
+            logger.warning("%s: %s", subject, message)
+            return Unavailable(f"{subject}: {failure.message}")
+        if failure is not None and failure.code is ErrorCode.DEADLINE_EXCEEDED:
+            limit = time_limit(self._timeout_s)
+            return TimedOut(f"{subject}: {failure.message}") if limit is None else limit.error(subject)
         if failure is not None and failure.code is not ErrorCode.INTERNAL:
             return RefusedItem(failure.message, item=failure.item, reason=failure.code)
         if failure is None and _DEAD_STUB.search(message):
@@ -259,6 +302,33 @@ class GrpcInference:
             return Unavailable(f"the model {subject} is not loaded at the moment; try again in a while")
         logger.error("%s: %s %s", subject, status, message)
         return ServerFault("the model failed on this request; the server's log tells why")
+
+
+async def _all_or_fault(
+    infer_part: Callable[[Part], Coroutine[Any, Any, dict[str, Array]]], parts: Sequence[Part]
+) -> list[dict[str, Array] | RefusedItem]:
+    """What each gives, or why it is refused. What fails for another reason than an item ends the others, for
+    nobody waits for them.
+    """
+    tasks: list[asyncio.Task[dict[str, Array]]] = []
+    faults: list[Exception] = []
+
+    async def run(part: Part) -> dict[str, Array]:
+        try:
+            return await infer_part(part)
+        except RefusedItem:
+            raise
+        except Exception as fault:
+            faults.append(fault)
+            for other in tasks if len(faults) == 1 else ():
+                other.cancel()
+            raise
+
+    tasks.extend(asyncio.create_task(run(part)) for part in parts)
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    if faults:
+        raise faults[0]
+    return [answer for answer in answers if isinstance(answer, (dict, RefusedItem))]
 
 
 def _not_answering(subject: str) -> Unavailable:
@@ -283,14 +353,8 @@ def _entry(pipeline: Pipeline, stage: str | None, *, has_images: bool) -> str:
     return multimodal_name(pipeline.name) if has_images else pipeline.name
 
 
-def _place(error: BaseException, part: Part) -> BaseException:
+def _place(error: RefusedItem, part: Part) -> RefusedItem:
     """A refused item's place in a server request -> its place in the client's list."""
-    if isinstance(error, RefusedItem) and error.item is not None:
-        return RefusedItem(error.message, item=part.places[error.item], reason=error.reason)
-    return error
-
-
-def _first_item(error: BaseException) -> tuple[bool, int]:
-    """Sorts faults of this side before refused items, and those by their place."""
-    is_refusal = isinstance(error, RefusedItem)
-    return is_refusal, error.item or 0 if isinstance(error, RefusedItem) else 0
+    if error.item is None:
+        return error
+    return RefusedItem(error.message, item=part.places[error.item], reason=error.reason)

@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from gateway.admission import AdmissionLimits
+from gateway.context import Lane
 from gateway.image_hosts import ImageHosts
 
 
@@ -49,7 +51,22 @@ class Settings(BaseSettings):
     """Of all images of one request, waiting for a turn included."""
     max_image_redirects: int = Field(3, ge=0)
     request_timeout_s: float = Field(300.0, gt=0)
-    """After this long without an answer from the server a request fails with 504."""
+    """A request that is not answered this long after it came fails with 504; it may ask for less time."""
+    in_flight_budgets: float = Field(2.0, ge=0.5)
+    """Token budgets of a model (--max-batch-tokens) that its server has at once, from each gateway process;
+    the rest waits in the gateway. Short urgent requests may have a quarter of it besides.
+    """
+    interactive_share: float = Field(0.75, gt=0, lt=1)
+    """Of a model's tokens, where interactive and bulk requests wait; the rest is of bulk requests."""
+    max_queued_tokens: int = Field(250_000, ge=1)
+    """Tokens of interactive requests that wait for a model, in each gateway process; more are refused with
+    429, but for those who come back when they were told to, who may make it half as much again. About one
+    for two bytes of text; of one request no more than half of the bound is counted.
+    """
+    max_queued_bulk_tokens: int = Field(2_000_000, ge=1)
+    """The same of bulk requests."""
+    max_queued_bytes: int = Field(256 * 2**20, ge=1)
+    """Texts and images that wait for a model in each of the two lanes, in each gateway process."""
     canary_interval_s: float = Field(5.0, gt=0)
     """How often a model without traffic is asked whether it still answers."""
     patience_s: float = Field(60.0, gt=0)
@@ -63,6 +80,16 @@ class Settings(BaseSettings):
     def _check_hosts(cls, text: str) -> str:
         ImageHosts.parse(text)
         return text
+
+    @property
+    def admission_limits(self) -> AdmissionLimits:
+        """What of each model's work is let in."""
+        return AdmissionLimits(
+            self.in_flight_budgets,
+            self.interactive_share,
+            {Lane.INTERACTIVE: self.max_queued_tokens, Lane.BULK: self.max_queued_bulk_tokens},
+            self.max_queued_bytes,
+        )
 
     @property
     def fetches_images(self) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,8 @@ from gateway.batches import Array, Item
 from gateway.errors import BadRequest, RefusedItem, ServerFault
 from gateway.inference import Inference
 from gateway.pipeline import Pipeline
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,8 @@ async def represent_sides(
     has_roles = pipeline.has_roles if has_roles is None else has_roles
     has_roles = has_roles or options.instruction is not None
     if has_roles or options.truncation == "document" or left.max_tokens or right.max_tokens:
-        both = await asyncio.gather(
-            *(
+        both = await _all_or_none(
+            [
                 _represent_side(
                     inference,
                     pipeline,
@@ -200,7 +202,7 @@ async def represent_sides(
                     ),
                 )
                 for side, role in ((left, "query"), (right, "document"))
-            )
+            ]
         )
         return both[0], both[1]
     joined = Items([*left.items.elements, *right.items.elements], left.items.has_ids)
@@ -208,6 +210,16 @@ async def represent_sides(
     with _naming_fields((left.field, count), (right.field, len(right.items.elements))):
         whole = await represent(inference, pipeline, joined, tasks, options)
     return whole.part(0, count), whole.part(count, len(joined.elements))
+
+
+async def _all_or_none(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """What several works give; where one fails the others end, for nobody waits for them."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _truncation_of(role: str, truncation: str | None) -> str | None:

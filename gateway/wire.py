@@ -17,6 +17,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
 
 from gateway.errors import BadRequest, BodyTooLarge, shorten
+from gateway.urgency import read_fields, read_headers
 
 Item = TypeVar("Item")
 Body = TypeVar("Body", bound=BaseModel)
@@ -34,7 +35,9 @@ async def read(request: Request, model: type[Body], max_bytes: int) -> Body:
 
 
 async def read_bytes(request: Request, max_bytes: int) -> bytes:
-    """The body, of which no more is taken in than the limit. Raises BodyTooLarge."""
+    """The body, of which no more is taken in than the limit; takes note of the headers that say how urgent
+    it is. Raises BadRequest or BodyTooLarge.
+    """
     declared = request.headers.get("content-length", "")
     is_waiting = request.headers.get("expect", "").lower() == "100-continue"
     if is_waiting and declared.isdecimal() and int(declared) > max_bytes:
@@ -51,11 +54,15 @@ async def read_bytes(request: Request, max_bytes: int) -> bytes:
             chunks.clear()
     if size > max_bytes:
         raise _too_large(max_bytes)
+    read_headers(request.headers)
     return b"".join(chunks)
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """A JSON object. Raises BadRequest, which says where the JSON breaks off."""
+    """A JSON object; takes note of its fields that say how urgent it is, which all dialects have.
+
+    Raises BadRequest, which says where the JSON breaks off.
+    """
     if not body:
         raise BadRequest("the body is empty; a JSON object belongs there")
     try:
@@ -66,6 +73,7 @@ def parse(body: bytes) -> dict[str, Any]:
         raise BadRequest(
             f"the body is a JSON {_kind(content)}; a JSON object belongs there", code="invalid_json"
         )
+    read_fields(content)
     return content
 
 

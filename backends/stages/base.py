@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from backends.checkpoint import Checkpoint
-from backends.contract import ErrorCode, StageFailure
+from backends.contract import ErrorCode, RequestParameter, StageFailure
 from backends.errors import BackendError, RequestError
 from backends.options import ServingOptions
 from backends.source import resolve
@@ -72,6 +74,29 @@ class StageRequest:
         """The outputs that a later step or the client reads."""
         return frozenset(self._request.requested_output_names())
 
+    @cached_property
+    def deadline_ms(self) -> float:
+        """Milliseconds since 1970, infinite without a deadline. Raises RequestError for what is no number."""
+        deadline = self.parameters.get(RequestParameter.DEADLINE_MS)
+        if deadline is None:
+            return math.inf
+        if isinstance(deadline, bool) or not isinstance(deadline, int):
+            raise RequestError(
+                ErrorCode.INVALID_INPUT,
+                f"deadline_ms is {deadline!r}; it takes a whole number of milliseconds since 1970",
+            )
+        return deadline
+
+    def check_deadline(self) -> None:
+        """Raises RequestError when nobody waits for the answer any more."""
+        late = time.time() * 1000 - self.deadline_ms
+        if late > 0:
+            raise RequestError(
+                ErrorCode.DEADLINE_EXCEEDED,
+                f"its deadline passed {late:.0f} ms ago, before it was computed; give it more time (the "
+                "clocks of several machines must agree)",
+            )
+
     def array(self, name: str) -> npt.NDArray[Any]:
         """An input as numpy, with its batch dimension; STRING elements are bytes."""
         return _to_host(self._input(name))
@@ -98,6 +123,13 @@ class StageRequest:
             raise RequestError(ErrorCode.INVALID_INPUT, f"the input {name} is missing")
         return tensor
 
+
+# The server has no status of its own for a deadline.
+_STATUSES = {
+    ErrorCode.INTERNAL: "INTERNAL",
+    ErrorCode.DEADLINE_EXCEEDED: "CANCELLED",
+    ErrorCode.OUT_OF_MEMORY: "UNAVAILABLE",
+}
 
 Answer = dict[str, Any]
 """Outputs of one request by name: numpy arrays or torch tensors, with their batch dimension."""
@@ -142,13 +174,15 @@ class Stage(ABC):
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Called by the server with the requests of one batch.
 
-        Answers of all groups but the last are sent while the batch still runs, so that their memory is free
-        and the next stage begins; None stands in their place (server 2.51).
+        What is past its deadline is not run. Answers of all groups but the last are sent while the batch
+        still runs, so that their memory is free and the next stage begins; None stands in their place
+        (server 2.51).
         """
         batch = [StageRequest(request) for request in requests]
-        responses: list[Any] = [None] * len(batch)
-        groups = self.cut(batch)
-        for group in groups:
+        responses = [_refuse_late(request) for request in batch]
+        timely = [i for i, refusal in enumerate(responses) if refusal is None]
+        groups = [[timely[i] for i in group] for group in self.cut([batch[i] for i in timely])]
+        for group in filter(None, groups):
             answers = self._run_group([batch[i] for i in group])
             for i, answer in zip(group, answers, strict=True):
                 response = _response(batch[i], answer)
@@ -188,6 +222,15 @@ def _to_host(tensor: Any) -> npt.NDArray[Any]:
     return tensor.as_numpy()  # type: ignore[no-any-return]
 
 
+def _refuse_late(request: StageRequest) -> Any:
+    """The response to a request whose deadline has passed, else None."""
+    try:
+        request.check_deadline()
+    except RequestError as error:
+        return _response(request, error)
+    return None
+
+
 def respond(request: StageRequest, answer: Answer | RequestError) -> None:
     """Answers a request of which execute() returned None."""
     request.send(_response(request, answer))
@@ -202,9 +245,8 @@ def _response(request: StageRequest, answer: Answer | RequestError) -> Any:
 
 
 def _error(failure: StageFailure) -> Any:
-    is_ours = failure.code is ErrorCode.INTERNAL
-    code = pb_utils.TritonError.INTERNAL if is_ours else pb_utils.TritonError.INVALID_ARG
-    return pb_utils.TritonError(str(failure), code)
+    name = _STATUSES.get(failure.code, "INVALID_ARG")
+    return pb_utils.TritonError(str(failure), getattr(pb_utils.TritonError, name))
 
 
 def _output(name: str, value: Any) -> Any:

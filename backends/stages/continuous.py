@@ -21,7 +21,7 @@ import numpy as np
 from backends.contract import ErrorCode
 from backends.errors import RequestError
 from backends.stages.base import Answer, Stage, StageRequest, respond
-from backends.turns import Job, Piece, Turns
+from backends.turns import Job, Piece, Turns, halve
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,13 @@ class ContinuousStage(Stage, Generic[W]):
         """
         return answers
 
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Whether what compute() raised says that the device has no room for so much at once."""
+        return False
+
+    def free_memory(self) -> None:
+        """Gives back what is kept for later use."""
+
     def prepare(self, worker: int, *, is_alone: bool) -> None:
         """Called by a thread before it computes; `is_alone` where no other does, and nothing waits."""
 
@@ -94,6 +101,7 @@ class ContinuousStage(Stage, Generic[W]):
         for one in requests:
             request = StageRequest(one)
             try:
+                request.check_deadline()
                 job = self.admit(request)
             except RequestError as error:
                 respond(request, error)
@@ -122,29 +130,82 @@ class ContinuousStage(Stage, Generic[W]):
 
     def _work(self, worker: int) -> None:
         while pieces := self._next(worker):
-            try:
-                self._answer(pieces, self.compute(pieces))
-            except Exception:
-                logger.exception("a turn of %d requests failed; computing them one by one", len(pieces))
-                for piece in pieces:
-                    self._compute_alone(piece.job)
+            self._compute(pieces)
             # Inputs live in the server's shared memory until nobody holds them.
             del pieces
 
     def _next(self, worker: int) -> list[Piece[W]]:
         """Waits for a turn; empty when all is over. The first worker has precedence: it may use all cores."""
+        while True:
+            with self._news:
+                self._busy.discard(worker)
+                self._news.wait_for(
+                    lambda: self._is_over or (len(self.turns) and (worker == 0 or 0 in self._busy))
+                )
+                late = self._drop_late()
+                pieces = self.turns.take()
+                is_over = self._is_over and not pieces
+                is_alone = not self._busy and not len(self.turns)
+                if pieces:
+                    self._busy.add(worker)
+                self._news.notify_all()
+            for work, error in late:
+                self._respond(work, error)
+            if pieces:
+                self.prepare(worker, is_alone=is_alone)
+            if pieces or is_over:
+                return pieces
+
+    def _drop_late(self) -> list[tuple[W, RequestError]]:
+        """Takes what is past its deadline out of the turns, begun or not, and says why. Of a client that has
+        gone away the server says nothing here (2.51: is_cancelled() stays false in the steps of an ensemble).
+        """
+        late: list[tuple[Job[W], RequestError]] = []
+        for job in self.turns:
+            try:
+                job.content.request.check_deadline()
+            except RequestError as error:
+                late.append((job, error))
+        if late:
+            logger.info("dropping %d requests that are past their deadline", len(late))
+            self.turns.drop([job for job, _ in late])
+        return [(job.content, error) for job, error in late]
+
+    def _compute(self, pieces: Sequence[Piece[W]]) -> None:
+        """Computes a turn and answers what it finishes; whatever fails is answered, too."""
+        results: Sequence[Any] | None = None
+        try:
+            results = self.compute(pieces)
+            self._answer(pieces, results)
+        except Exception as error:
+            lacks_memory = results is None and self.is_out_of_memory(error)
+            if not lacks_memory:
+                logger.exception("a turn of %d requests failed; computing them one by one", len(pieces))
+                for piece in pieces:
+                    self._compute_alone(piece.job)
+        else:
+            return
+        # Out here the error, and all that its frames hold of the device, is gone.
+        if lacks_memory:
+            self._compute_in_halves(pieces)
+
+    def _compute_in_halves(self, pieces: Sequence[Piece[W]]) -> None:
+        """What the device had no room for as a whole; of what cannot be cut any more the request is
+        refused.
+        """
+        self.free_memory()
+        halves = halve(pieces, is_whole=self.turns.is_whole)
+        count = sum(int(piece.job.lengths[piece.places].sum()) for piece in pieces)
+        if len(halves) == 2:
+            logger.warning("no memory for a turn of %d tokens; computing it in halves", count)
+            for half in halves:
+                self._compute(half)
+            return
+        logger.error("no memory for %d tokens, which cannot be computed in parts", count)
+        job = pieces[0].job
         with self._news:
-            self._busy.discard(worker)
-            self._news.wait_for(
-                lambda: self._is_over or (len(self.turns) and (worker == 0 or 0 in self._busy))
-            )
-            pieces = self.turns.take()
-            is_alone = not self._busy and not len(self.turns)
-            self._busy.add(worker)
-            self._news.notify_all()
-        if pieces:
-            self.prepare(worker, is_alone=is_alone)
-        return pieces
+            self.turns.drop([job])
+        self._respond(job.content, _out_of_memory(count))
 
     def _answer(self, pieces: Sequence[Piece[W]], results: Sequence[Any]) -> None:
         works: list[W] = []
@@ -178,9 +239,20 @@ class ContinuousStage(Stage, Generic[W]):
             (answer,) = self.finish([job.content], [kept])
         except RequestError as error:
             answer = error
-        except Exception:
+        except Exception as error:
             logger.exception("a request failed")
-            answer = RequestError(
-                ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why"
-            )
+            if self.is_out_of_memory(error):
+                answer = _out_of_memory(int(job.lengths.sum()))
+            else:
+                answer = RequestError(
+                    ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why"
+                )
         self._respond(job.content, answer)
+
+
+def _out_of_memory(tokens: int) -> RequestError:
+    return RequestError(
+        ErrorCode.OUT_OF_MEMORY,
+        f"the device has no memory for {tokens} tokens at the moment; try again in a while, or send shorter "
+        "inputs (the operator can lower --max-batch-tokens, or load fewer models on it)",
+    )

@@ -167,6 +167,13 @@ class EncoderStage(ContinuousStage[_Work]):
         # torch keeps this number for each thread.
         torch.set_num_threads(self.threads if worker == 0 and is_alone else self.threads // self.workers)
 
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, torch.OutOfMemoryError)
+
+    def free_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def admit(self, request: StageRequest) -> Job[_Work]:
         wanted = self._wanted(request)
         for head in wanted:

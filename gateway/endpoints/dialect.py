@@ -17,6 +17,21 @@ from gateway.scoring import Scorer
 from gateway.settings import Settings
 from gateway.vocabulary import Vocabulary
 
+# What gateway/urgency.py reads of every body.
+_URGENCY = {
+    "timeout": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "description": "Seconds that an answer may take. Without one in time there is 504, and what has not "
+        "begun by then is not computed. Also the header x-request-timeout.",
+    },
+    "priority": {
+        "enum": ["interactive", "bulk"],
+        "description": "The lane in which a request waits when there is more to do than can be done. Without "
+        "it a request of more than one token budget is bulk. Also the header x-priority.",
+    },
+}
+
 
 @dataclass(frozen=True)
 class Services:
@@ -62,6 +77,7 @@ def describe(schema: dict[str, Any], example: Any, answer: Any, refusal: Any) ->
         return {"content": {"application/json": what}}
 
     kind = "array" if isinstance(answer, list) else "object"
+    schema = {**schema, "properties": {**schema["properties"], **_URGENCY}}
     return {
         "requestBody": {"required": True, **content(schema=_inlined(schema), example=example)},
         "responses": {

@@ -16,6 +16,7 @@ from backends.stages.tokenizer import TokenizerStage
 from tests.support import decoders
 from tests.support.checkpoints import bert, classifier, sentence_transformer
 from tests.support.fake_pb_utils import Request, TritonModelException, answers
+from tests.support.figures import show
 
 PROMPTS = {"prompts": {"query": "query: "}}
 
@@ -245,6 +246,147 @@ def test_what_was_taken_in_is_answered_before_the_stage_ends(path):
     stage.finalize()
     assert all(request.is_sent.is_set() for request in requests)
     assert not any(thread.is_alive() for thread in stage._threads)
+
+
+PAST, FAR = 1_000_000, 2**52
+
+
+def test_what_is_past_its_deadline_is_not_run(path):
+    stage = start(TokenizerStage(), path)
+    late, fine = text("a", deadline_ms=PAST), text("b", deadline_ms=FAR)
+    for request, answer in zip((late, fine, text("c")), stage.execute([late, fine, text("c")]), strict=True):
+        assert (answer.error is not None) == (request is late)
+    (only,) = stage.execute([late])
+    assert only.error.message.startswith("deadline_exceeded: its deadline passed ")
+    assert only.error.code == "CANCELLED"
+    (wrong,) = stage.execute([text("a", deadline_ms="soon")])
+    assert wrong.error.message == (
+        "invalid_input: deadline_ms is 'soon'; it takes a whole number of milliseconds since 1970"
+    )
+
+
+def test_the_encoder_drops_what_is_past_its_deadline_before_its_turn(path):
+    stage = start(EncoderStage(), path, dtype="float32", max_batch_tokens="10", threads="1")
+    entered, may_go, computed = threading.Event(), threading.Event(), []
+    compute = stage.compute
+
+    def held(pieces):
+        entered.set()
+        assert may_go.wait(60)
+        computed.extend(len(piece.job.lengths) for piece in pieces)
+        return compute(pieces)
+
+    stage.compute = held
+    first, begun, late = (encoded(stage, *[np.arange(5, 13)] * n) for n in (1, 3, 2))
+    refused = encoded(stage, np.arange(5, 13))
+    refused.given = {"deadline_ms": PAST}
+    assert stage.execute([refused, first]) == [None, None]
+    assert refused.sent[0].error.message.startswith("deadline_exceeded")
+    assert entered.wait(60)
+    stage.execute([begun, late])
+    for job in stage.turns:
+        if len(job.lengths) == 2:
+            # As if it had waited until then.
+            job.content.request.deadline_ms = PAST
+    may_go.set()
+    for request in (first, begun, late):
+        assert request.is_sent.wait(60)
+    assert late.sent[0].error.message.startswith("deadline_exceeded")
+    assert computed == [1, 3, 3, 3], "none of the one with two sequences"
+
+
+def without_memory(stage, most):
+    """The stage's compute fails as torch does for more than so many tokens; the turns that it computed."""
+    compute, turns, freed = stage.compute, [], []
+
+    def limited(pieces):
+        tokens = sum(int(piece.job.lengths[piece.places].sum()) for piece in pieces)
+        if tokens > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. secret detail")
+        turns.append(tokens)
+        return compute(pieces)
+
+    stage.compute = limited
+    stage.free_memory = lambda: freed.append(True)
+    return turns, freed
+
+
+def test_a_device_without_memory_for_a_turn_computes_it_in_halves(path):
+    stage = start(EncoderStage(), path, dtype="float32", threads="1")
+    rows = [np.arange(5, 5 + n) for n in (4, 9, 2, 7, 7, 3)]
+    requests = [encoded(stage, *rows[:4]), encoded(stage, rows[4]), encoded(stage, rows[5])]
+    expected = [answer.value("hidden") for answer in answers(stage, requests)]
+    turns, freed = without_memory(stage, 12)
+    got = answers(stage, requests)
+    show(f"of at most 12 tokens at a time: turns of {turns}, memory freed {len(freed)} times")
+    for one, other in zip(got, expected, strict=True):
+        assert one.error is None
+        np.testing.assert_allclose(one.value("hidden"), other, atol=1e-5)
+    assert max(turns) <= 12
+    assert sum(turns) == 32, "nothing is computed twice"
+    assert freed
+
+
+def test_what_fits_in_no_way_is_told_and_its_neighbours_live(path, caplog):
+    stage = start(EncoderStage(), path, dtype="float32", max_batch_tokens="20", threads="1")
+    small, large, mixed = (
+        encoded(stage, np.arange(5, 8)),
+        encoded(stage, np.arange(5, 35)),
+        encoded(stage, np.arange(5, 8), np.arange(5, 35), np.arange(5, 9)),
+    )
+    without_memory(stage, 12)
+    with caplog.at_level(logging.WARNING):
+        fine, refused, half = answers(stage, [small, large, mixed])
+    assert fine.error is None
+    for answer in (refused, half):
+        assert answer.error.code == "UNAVAILABLE"
+        assert answer.error.message.startswith("out_of_memory: the device has no memory for 30 tokens at the")
+        assert "secret" not in answer.error.message
+    assert len(stage.turns) == 0
+    after = answers(stage, [small])[0]
+    np.testing.assert_allclose(after.value("hidden"), fine.value("hidden"), atol=1e-5)
+
+
+def test_memory_that_ends_in_a_head_is_told_too(path):
+    stage = start(EncoderStage(), path, dtype="float32", threads="1", heads="dense", fuse_heads="true")
+
+    def broken(works, answers):
+        raise torch.OutOfMemoryError("no")
+
+    finish, stage.finish = stage.finish, broken
+    (refused,) = answers(stage, [encoded(stage, np.arange(5, 9))])
+    assert refused.error.message.startswith("out_of_memory: the device has no memory for 4 tokens")
+    stage.finish = finish
+    (fine,) = answers(stage, [encoded(stage, np.arange(5, 9))])
+    assert fine.error is None
+
+
+@pytest.mark.parametrize("budget", [16, 64])
+def test_passes_hold_no_more_tokens_than_the_budget_whatever_is_sent(path, budget):
+    """And so the memory of a CPU is bounded; a sequence of more tokens runs alone."""
+    stage = start(EncoderStage(), path, dtype="float32", max_batch_tokens=str(budget), threads="2")
+    forward, passes = stage.forward, []
+
+    def watched(tokens, *arguments, **options):
+        passes.append(int(tokens.lengths.sum()))
+        return forward(tokens, *arguments, **options)
+
+    watched.is_packed, watched.shares_prefixes, watched.device = (
+        forward.is_packed,
+        forward.shares_prefixes,
+        forward.device,
+    )
+    stage.forward = watched
+    generator = np.random.default_rng(5)
+    requests = [
+        encoded(stage, *[np.arange(5, 5 + n) for n in generator.integers(1, 48, generator.integers(1, 20))])
+        for _ in range(40)
+    ]
+    total = sum(int(request.inputs["length"].sum()) for request in requests)
+    assert all(answer.error is None for answer in answers(stage, requests))
+    show(f"{total} tokens at once: {len(passes)} passes of at most {max(passes)}, the budget is {budget}")
+    assert max(passes) <= max(budget, 47)
+    assert sum(passes) == total
 
 
 def test_head_groups_by_parameters_and_keeps_order(path):

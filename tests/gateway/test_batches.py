@@ -35,9 +35,14 @@ def test_cuts_are_within_the_token_budget():
 
 def test_items_with_images_have_server_requests_of_their_own():
     items = [b"a", Content(b"b", (b"1",)), b"c", Content(b"", (b"2", b"3"))]
-    assert cut(items, MULTIMODAL) == [Part([0, 2], has_images=False), Part([1, 3], has_images=True)]
-    assert cut(items[1:2], MULTIMODAL) == [Part([0], has_images=True)]
-    assert cut(items[:1], MULTIMODAL) == [Part([0], has_images=False)]
+    # A text of a byte has two tokens at most, and an image of this model four.
+    both = [
+        Part([0, 2], has_images=False, tokens=4, size=2),
+        Part([1, 3], has_images=True, tokens=16, size=4),
+    ]
+    assert cut(items, MULTIMODAL) == both
+    assert cut(items[1:2], MULTIMODAL) == [Part([0], has_images=True, tokens=6, size=2)]
+    assert cut(items[:1], MULTIMODAL) == [Part([0], has_images=False, tokens=2, size=1)]
 
 
 def test_an_image_counts_as_the_tokens_that_it_may_have():
@@ -78,7 +83,7 @@ def test_tensors_of_texts_pairs_and_images():
 
 
 def test_answers_of_both_kinds_come_back_in_order():
-    parts = [Part([0, 2], has_images=False), Part([1, 3], has_images=True)]
+    parts = [Part([0, 2], False, tokens=4, size=2), Part([1, 3], True, tokens=16, size=4)]
     answers = [
         {
             DENSE: np.array([[start], [start + 2.0]]),

@@ -21,6 +21,8 @@ class TritonModelException(Exception):
 class TritonError:
     INTERNAL = "INTERNAL"
     INVALID_ARG = "INVALID_ARG"
+    CANCELLED = "CANCELLED"
+    UNAVAILABLE = "UNAVAILABLE"
 
     def __init__(self, message: str, code: str) -> None:
         self.message = message

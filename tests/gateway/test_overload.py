@@ -1,0 +1,292 @@
+"""What clients are told under overload and past their time, over HTTP; the server's own client is canned."""
+
+import asyncio
+import contextvars
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from backends.contract import DENSE, LOGITS, N_TOKENS, TRUNCATED
+from gateway.admission import AdmissionLimits
+from gateway.context import Lane
+from gateway.inference import GrpcInference
+from tests.gateway.conftest import running
+from tests.support.fake_inference import CLASSIFIER, PIPELINE, RERANKER
+
+# A text of 60 bytes has 16 tokens at most, the model's limit; a budget is 64.
+TEXT = "x" * 60
+MODELS = [PIPELINE, dataclasses.replace(RERANKER), CLASSIFIER]
+
+
+class Client:
+    """The server: answers when it may, and keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+        self.cancelled = 0
+        self.release = asyncio.Event()
+        self.release.set()
+        self.fault = None
+
+    async def infer(self, model, inputs, outputs, parameters, client_timeout):
+        count = inputs[0].shape()[0]
+        if "deadline_ms" in (parameters or {}):
+            self.asked.append(parameters)
+            try:
+                await self.release.wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+        if self.fault is not None and "deadline_ms" in (parameters or {}):
+            raise InferenceServerException(*self.fault)
+        return Answer(count)
+
+    async def close(self):
+        pass
+
+
+class Answer:
+    def __init__(self, count):
+        self.count = count
+
+    def as_numpy(self, name):
+        rows = {
+            DENSE: np.ones((self.count, 8), np.float32),
+            LOGITS: np.ones((self.count, 3), np.float32),
+            N_TOKENS: np.ones((self.count, 1), np.int32),
+            TRUNCATED: np.zeros((self.count, 1), bool),
+        }
+        return rows[name]
+
+
+class Canned(GrpcInference):
+    """Models of the tests, and a server that the test directs."""
+
+    async def pipelines(self):
+        return MODELS
+
+
+@pytest.fixture
+async def inference():
+    limits = AdmissionLimits(2.0, 0.75, {Lane.INTERACTIVE: 300, Lane.BULK: 600}, 10**6)
+    made = Canned("127.0.0.1:9", 300, 10**6, limits)
+    await made._client.close()
+    made._client = Client()
+    return made
+
+
+@pytest.fixture
+async def client(inference):
+    async with running(inference) as made:
+        yield made
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+def lane(inference, which=Lane.INTERACTIVE, name="tiny"):
+    return inference.admission.states()[name].lanes[which]
+
+
+async def fill(client, inference, which, name="tiny", path="/v1/embeddings", **body):
+    """Takes all of a lane; the requests that are under way."""
+    inference._client.release.clear()
+    tasks = []
+    # The server takes 128 tokens, and urgent requests a few besides.
+    for _ in range(40):
+        before = inference.admission.states().get(name)
+        if before is not None and before.lanes[which].queued_tokens + 32 > (300, 600)[which is Lane.BULK]:
+            break
+        sent = len(inference._client.asked) + (before.lanes[which].queued_requests if before else 0)
+        tasks.append(asyncio.create_task(client.post(path, json={**body, "priority": which})))
+        await until(
+            lambda sent=sent: (
+                name in inference.admission.states()
+                and len(inference._client.asked) + lane(inference, which, name).queued_requests > sent
+            )
+        )
+    return tasks
+
+
+REFUSED = {
+    "/v1/embeddings": ({"input": [TEXT] * 2}, 429, lambda body: body["error"]["type"] == "rate_limit_error"),
+    "/embed": ({"inputs": [TEXT] * 2}, 429, lambda body: body["error_type"] == "Overloaded"),
+    "/v2/embed": ({"texts": [TEXT] * 2}, 429, lambda body: set(body) == {"message"}),
+    "/v1/embeddings/dense": ({"input": [TEXT] * 2}, 429, lambda body: body["error_code"] == 409),
+}
+
+
+@pytest.mark.parametrize("path", REFUSED)
+@pytest.mark.parametrize("which", list(Lane))
+async def test_too_much_is_refused_in_the_dialects_own_words(client, inference, path, which):
+    body, status, is_right = REFUSED[path]
+    tasks = await fill(client, inference, which, input=[TEXT] * 2)
+    asked = len(inference._client.asked)
+    answer = await client.post(path, json={**body, "priority": which})
+    assert answer.status_code == status
+    assert is_right(answer.json())
+    most = {Lane.INTERACTIVE: 300, Lane.BULK: 600}[which]
+    assert f"of {which} requests wait already, at most {most} may" in answer.text
+    assert answer.headers["retry-after"] == "1"
+    assert answer.headers["retry-after-ms"] == "1000"
+    assert answer.headers["x-should-retry"] == "true"
+    assert len(inference._client.asked) == asked, "nothing of it was sent"
+    assert lane(inference, which).rejected == 1
+    inference._client.release.set()
+    assert {(await task).status_code for task in tasks} == {200}
+    assert (await client.post(path, json={**body, "priority": which})).status_code == 200
+
+
+async def test_rerankers_and_classifiers_are_priced_too(client, inference):
+    body = {"query": "q", "documents": [TEXT] * 2, "model": "org/reranker"}
+    tasks = await fill(client, inference, Lane.INTERACTIVE, "reranker", "/v1/rerank", **body)
+    answer = await client.post("/v1/rerank", json=body)
+    assert answer.status_code == 429
+    assert answer.json()["message"] == answer.json()["detail"] == answer.json()["error"]["message"]
+    classes = {"input": TEXT, "model": "org/classifier"}
+    other = asyncio.create_task(client.post("/v1/classify", json=classes))
+    await until(lambda: "classifier" in inference.admission.states())
+    inference._client.release.set()
+    assert (await other).status_code == 200, "each model has lanes of its own"
+    assert {(await task).status_code for task in tasks} == {200}
+
+
+async def test_the_wait_follows_from_what_was_measured(client, inference):
+    await client.post("/v1/embeddings", json={"input": TEXT})
+    tasks = await fill(client, inference, Lane.BULK, input=[TEXT] * 2)
+    rate = inference.admission.states()["tiny"].tokens_per_s
+    queued = lane(inference, Lane.BULK).queued_tokens
+    answer = await client.post("/v1/embeddings", json={"input": [TEXT] * 2, "priority": "bulk"})
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after-ms"]) == pytest.approx(max(1, queued / rate * 1000), abs=1)
+    inference._client.release.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_canaries_and_questions_about_tokens_pass_the_queue(client, inference):
+    tasks = await fill(client, inference, Lane.INTERACTIVE, input=[TEXT] * 2)
+    assert (await client.get("/ready")).status_code == 200
+    # Outside of any HTTP request, as the readiness asks.
+    outside = contextvars.Context()
+    canary = inference.infer(PIPELINE, [b"ready?"], [N_TOKENS], {})
+    answer = await asyncio.create_task(canary, context=outside)
+    assert answer[N_TOKENS].tolist() == [[1]]
+    inference._client.release.set()
+    await asyncio.gather(*tasks)
+
+
+LATE = {
+    "/v1/embeddings": ({"input": TEXT}, 504, lambda body: body["error"]["message"]),
+    "/embed": ({"inputs": TEXT}, 504, lambda body: body["error"]),
+    "/v2/embed": ({"texts": [TEXT]}, 504, lambda body: body["message"]),
+    "/v1/embeddings/dense": ({"input": TEXT}, 504, lambda body: body["message"]),
+    "/v1/rerank": (
+        {"query": "q", "documents": ["d"], "model": "org/reranker"},
+        504,
+        lambda body: body["error"]["message"],
+    ),
+}
+
+
+@pytest.mark.parametrize("path", LATE)
+async def test_what_is_not_answered_in_time(client, inference, path):
+    body, status, message = LATE[path]
+    inference._client.release.clear()
+    answer = await client.post(path, json={**body, "timeout": 0.05})
+    assert answer.status_code == status
+    name = body.get("model", "org/tiny")
+    assert message(answer.json()) == (
+        f"{name} did not answer within 0.05 s, its timeout; give it more time, or send fewer or "
+        "shorter inputs"
+    )
+    assert inference._client.cancelled == 1, "the call to the server ends, too"
+    assert inference.admission.states()[name.removeprefix("org/")].in_flight_tokens == 0
+
+
+async def test_a_header_and_the_operators_limit(client, inference):
+    inference._client.release.clear()
+    headers = {"x-request-timeout": "0.05"}
+    answer = await client.post("/v1/embeddings", json={"input": TEXT, "timeout": 9}, headers=headers)
+    assert answer.status_code == 504
+    assert "within 0.05 s, its header x-request-timeout; give it" in answer.json()["error"]["message"]
+    inference._timeout_s = 0.06
+    answer = await client.post("/v1/embeddings", json={"input": TEXT, "timeout": 9})
+    assert answer.json()["error"]["message"] == (
+        "org/tiny did not answer within 0.06 s; send fewer or shorter inputs (the operator can raise the "
+        "limit with GATEWAY_REQUEST_TIMEOUT_S)"
+    )
+
+
+async def test_the_deadline_goes_with_each_server_request(client, inference):
+    before = time.time() * 1000
+    await client.post("/v1/embeddings", json={"input": TEXT, "timeout": 7})
+    (parameters,) = inference._client.asked
+    assert isinstance(parameters["deadline_ms"], int)
+    assert before + 6000 < parameters["deadline_ms"] < time.time() * 1000 + 7001
+
+
+async def test_what_waits_past_its_deadline_is_never_sent(client, inference):
+    tasks = await fill(client, inference, Lane.INTERACTIVE, input=[TEXT] * 2)
+    asked = len(inference._client.asked)
+    tasks.pop().cancel()
+    await until(lambda: lane(inference).queued_tokens <= 300 - 32)
+    answer = await client.post("/v1/embeddings", json={"input": [TEXT] * 2, "timeout": 0.05})
+    assert answer.status_code == 504
+    assert len(inference._client.asked) == asked
+    assert lane(inference).expired == 1
+    inference._client.release.set()
+    await asyncio.gather(*tasks)
+    assert lane(inference).queued_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "text"),
+    [
+        (
+            ("in ensemble 'a', deadline_exceeded: late", "StatusCode.CANCELLED"),
+            504,
+            "within 9 s, its timeout",
+        ),
+        (
+            (
+                "in ensemble 'a', out_of_memory: the device has no memory for 9 tokens",
+                "StatusCode.UNAVAILABLE",
+            ),
+            503,
+            "org/tiny: the device has no memory for 9 tokens",
+        ),
+    ],
+)
+async def test_what_the_stages_say(client, inference, fault, status, text):
+    inference._client.fault = fault
+    answer = await client.post("/v1/embeddings", json={"input": TEXT, "timeout": 9})
+    assert answer.status_code == status
+    assert text in answer.json()["error"]["message"]
+    assert answer.headers.get("retry-after") == ("1" if status == 503 else None)
+
+
+async def test_both_sides_of_a_comparison_end_together(client, inference):
+    """Where one is refused nobody waits for the other."""
+    tasks = await fill(client, inference, Lane.BULK, input=[TEXT] * 2)
+    before = inference.admission.states()["tiny"].in_flight_tokens
+    body = {"left": ["q"], "right": [TEXT] * 5, "instruct": None, "type": "dense", "priority": "bulk"}
+    answer = await client.post("/v1/embeddings/similarity", json=body)
+    assert answer.status_code == 429
+    assert inference.admission.states()["tiny"].in_flight_tokens == before
+    inference._client.release.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_a_request_that_fails_on_this_side_ends_as_a_whole(client, inference):
+    inference._client.fault = ("in ensemble 'a', internal: broken", "StatusCode.INTERNAL")
+    answer = await client.post("/v1/embeddings", json={"input": [TEXT] * 200})
+    assert answer.status_code == 500
+    assert len(inference._client.asked) <= 128 / 16
+    assert inference.admission.states()["tiny"].in_flight_tokens == 0
+    assert lane(inference, Lane.BULK).queued_tokens == 0

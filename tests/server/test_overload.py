@@ -1,0 +1,269 @@
+"""More work than the server can do, at the real server: who waits, who is refused, and what is not computed.
+
+OVERLOAD_S=30 runs the overload for that long; the suite is content with less.
+"""
+
+import asyncio
+import base64
+import os
+import random
+import time
+
+import aiohttp
+import numpy as np
+import pytest
+import tritonclient.grpc
+
+from tests.server.conftest import DEFAULT
+from tests.support.figures import show
+from tests.support.server import serve
+from triton_embeddings import models
+
+SECONDS = float(os.environ.get("OVERLOAD_S", "15"))
+BUDGET = 2048
+QUEUED, QUEUED_BULK = 8_000, 20_000
+# As admission counts them: a token for two bytes, and two.
+WORDS = [
+    "the",
+    "value",
+    "of",
+    "this",
+    "class",
+    "is",
+    "returned",
+    "by",
+    "the",
+    "query",
+    "when",
+    "an",
+    "object",
+    "holds",
+    "it",
+    "and",
+    "others",
+    "do",
+    "not",
+]
+TEXTS = [" ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(140)) for i in range(40)]
+LIST_TEXTS = 12
+
+
+def price(texts):
+    return sum(min(len(text.encode()) // 2 + 2, 256) for text in texts)
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("overload")
+    models.add(folder / "models", DEFAULT, "minilm", {"dtype": "float32", "max_batch_tokens": BUDGET})
+    with serve(
+        folder / "output",
+        "--model-repository",
+        folder / "models",
+        GATEWAY_CANARY_INTERVAL_S="60",
+        GATEWAY_MAX_QUEUED_TOKENS=str(QUEUED),
+        GATEWAY_MAX_QUEUED_BULK_TOKENS=str(QUEUED_BULK),
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+async def session(serving):
+    timeout = aiohttp.ClientTimeout(total=240)
+    # The gateway closes connections that were idle for five seconds.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    async with aiohttp.ClientSession(serving.url, timeout=timeout, connector=connector) as made:
+        yield made
+
+
+async def embed(session, texts, **fields):
+    """Status, headers, and vectors or the error's message."""
+    body = {"input": texts, "encoding_format": "base64", **fields}
+    async with session.post("/v1/embeddings", json=body) as answer:
+        content = await answer.json()
+        if answer.status != 200:
+            return answer.status, answer.headers, content["error"]["message"]
+        rows = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in content["data"]]
+        return 200, answer.headers, np.stack(rows)
+
+
+def encoder_count(serving):
+    """Server requests that the encoder has answered."""
+    with tritonclient.grpc.InferenceServerClient(serving.grpc) as client:
+        (stats,) = client.get_inference_statistics("minilm.encoder").model_stats
+        return stats.inference_stats.success.count
+
+
+async def until(condition):
+    async with asyncio.timeout(120):
+        while not await asyncio.to_thread(condition):
+            await asyncio.sleep(0.02)
+
+
+async def embed_at_last(session, texts):
+    """Vectors, however often that is put off."""
+    while True:
+        status, headers, answer = await embed(session, texts, priority="bulk")
+        if status == 200:
+            return answer
+        await asyncio.sleep(int(headers["retry-after-ms"]) / 1000)
+
+
+def batched(rows, size):
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+class Clients:
+    """Each sends one request at a time, a new one as soon as the last is answered; told to come back it does,
+    when it was told to.
+    """
+
+    def __init__(self, session, right, stop_at):
+        self.session = session
+        self.right = right
+        self.stop_at = stop_at
+        self.latencies, self.waits, self.firsts = [], [], []
+        self.tokens = self.refused = self.in_vain = self.wrong = 0
+
+    async def run(self, i, count, **fields):
+        turn = i
+        while time.monotonic() < self.stop_at:
+            turn += 1
+            places = [(turn * 3 + k) % len(TEXTS) for k in range(count)]
+            # Else requests of several clients were the same, and could not be told apart.
+            user = f"{i}.{turn}"
+            texts = [TEXTS[place] for place in places]
+            texts[0] = f"{user} {texts[0]}"
+            is_told = False
+            while time.monotonic() < self.stop_at:
+                started = time.monotonic()
+                status, headers, answer = await embed(self.session, texts, **fields)
+                if status == 200:
+                    self.latencies.append(time.monotonic() - started)
+                    self.tokens += price(texts)
+                    self.wrong += (answer[1:] * self.right[places[1:]]).sum(1).min(initial=1) < 0.9999
+                    # The first text has the client's own words before it.
+                    self.firsts.append((texts[0], answer[0]))
+                    break
+                assert status == 429, answer
+                assert headers["x-should-retry"] == "true"
+                wait = int(headers["retry-after-ms"]) / 1000
+                assert wait <= int(headers["retry-after"]) < wait + 1.001
+                self.refused += 1
+                self.in_vain += is_told
+                is_told = wait < 60
+                self.waits.append(wait)
+                await asyncio.sleep(min(wait, max(0, self.stop_at - time.monotonic())))
+
+
+@pytest.mark.parametrize("lane", ["interactive", "bulk"])
+async def test_a_short_query_beside_a_huge_list(serving, session, lane):
+    texts = TEXTS * 10
+    before, started = encoder_count(serving), time.monotonic()
+    huge = asyncio.create_task(embed(session, texts, priority=lane))
+    await until(lambda: encoder_count(serving) > before + 3)
+    latencies = []
+    while not huge.done() and len(latencies) < 40:
+        asked = time.monotonic()
+        status, _, answer = await embed(session, ["a short query"], priority="interactive")
+        assert status == 200, answer
+        if not huge.done():
+            latencies.append(time.monotonic() - asked)
+    assert (await huge)[0] == 200
+    rate = price(texts) / (time.monotonic() - started)
+    waited = np.quantile(np.array(latencies) * rate / BUDGET, [0.5, 0.9, 1])
+    show(
+        f"beside {len(texts)} texts ({price(texts) / BUDGET:.0f} budgets) in the lane {lane} a short query "
+        f"takes as long as {waited[0]:.2f} budgets of them (90 %: {waited[1]:.2f}, at most {waited[2]:.2f}; "
+        f"{len(latencies)} queries, {np.median(latencies) * 1000:.0f} ms)"
+    )
+    assert waited[0] < 1.5
+
+
+async def test_what_is_past_its_deadline_is_answered_504_and_not_computed(serving, session):
+    texts = TEXTS * 10
+    before = encoder_count(serving)
+    huge = asyncio.create_task(embed(session, texts))
+    await until(lambda: encoder_count(serving) > before + 3)
+    asked = time.monotonic()
+    late = await asyncio.gather(
+        *(embed(session, TEXTS[:2], priority="bulk", timeout=0.02) for _ in range(10))
+    )
+    took = time.monotonic() - asked
+    assert {status for status, _, _ in late} == {504}
+    assert {message for _, _, message in late} == {
+        "minilm did not answer within 0.02 s, its timeout; give it more time, or send fewer or shorter inputs"
+    }
+    assert (await huge)[0] == 200
+    count = encoder_count(serving) - before
+    per_part = BUDGET // price(TEXTS[:1])
+    show(f"10 requests of 0.02 s were answered 504 after {took:.2f} s; the encoder answered {count} requests")
+    # The list is cut by budgets; of the late ones what was sent to the server in time may count.
+    assert count <= len(texts) / per_part * 1.2 + 10
+
+
+def test_a_deadline_of_a_direct_client(serving):
+    def ask(**parameters):
+        with tritonclient.grpc.InferenceServerClient(serving.grpc) as client:
+            text = tritonclient.grpc.InferInput("text", [1, 1], "BYTES")
+            text.set_data_from_numpy(np.array([[b"a"]], object))
+            return client.infer("minilm", [text], parameters=parameters).as_numpy("dense")
+
+    before = encoder_count(serving)
+    with pytest.raises(tritonclient.utils.InferenceServerException, match="deadline_exceeded: its deadline"):
+        ask(deadline_ms=int(time.time() * 1000) - 1)
+    assert encoder_count(serving) == before
+    assert ask(deadline_ms=int(time.time() * 1000) + 60_000).shape == (1, 384)
+
+
+async def test_a_client_that_goes_away_takes_its_work_with_it(serving, session):
+    texts = TEXTS * 20
+    before = encoder_count(serving)
+    huge = asyncio.create_task(embed(session, texts))
+    await until(lambda: encoder_count(serving) > before + 3)
+    huge.cancel()
+    await asyncio.gather(huge, return_exceptions=True)
+    at_the_end = encoder_count(serving)
+    assert (await embed(session, TEXTS[:LIST_TEXTS], priority="bulk"))[0] == 200
+    count = encoder_count(serving)
+    parts = len(texts) // (BUDGET // price(TEXTS[:1]))
+    show(
+        f"of {parts} server requests {at_the_end - before} were done when the client left, and "
+        f"{count - at_the_end} more when another's were"
+    )
+    assert count - before < parts / 2
+    assert (await embed(session, ["a"]))[0] == 200
+
+
+async def test_ten_times_as_much_as_can_be_done(serving, session):
+    right = np.concatenate([(await embed(session, TEXTS[i : i + 8]))[2] for i in range(0, len(TEXTS), 8)])
+    held = (QUEUED + 2 * BUDGET) // price(TEXTS[:1])
+    fast = Clients(session, right, time.monotonic() + SECONDS)
+    slow = Clients(session, right, fast.stop_at)
+    await asyncio.gather(
+        *(fast.run(i, 1, priority="interactive") for i in range(10 * held)),
+        *(slow.run(i, LIST_TEXTS) for i in range(10 * QUEUED_BULK // price(TEXTS[:LIST_TEXTS]))),
+    )
+    sample = random.Random(0).sample(fast.firsts + slow.firsts, 64)
+    again = [await embed_at_last(session, [text for text, _ in part]) for part in batched(sample, 8)]
+    cosines = (np.concatenate(again) * np.stack([row for _, row in sample])).sum(1)
+    rate = (fast.tokens + slow.tokens) / SECONDS
+    p50, p99 = np.quantile(fast.latencies, [0.5, 0.99])
+    # What may be before it: its lane's queue at the lane's share, and what the server has.
+    most = 1.5 * QUEUED / (0.75 * rate) + 3 * BUDGET / rate
+    told = [wait for wait in fast.waits + slow.waits if wait < 60]
+    show(
+        f"{SECONDS:g} s of ten times as many clients as can be held ({10 * held} interactive): {rate:.0f} "
+        f"tokens/s answered; {len(fast.latencies)} interactive requests, p50 {p50:.2f} s, p99 {p99:.2f} s "
+        f"(bound {most:.2f} s); {len(slow.latencies)} lists of {LIST_TEXTS}, "
+        f"{slow.tokens / (fast.tokens + slow.tokens):.0%} of the tokens; {fast.refused + slow.refused} times "
+        f"429, told to wait {min(told):.1f} to {max(told):.1f} s; {fast.in_vain + slow.in_vain} who waited "
+        f"so long were refused again; {fast.wrong + slow.wrong} answers wrong"
+    )
+    assert fast.wrong + slow.wrong == 0
+    assert cosines.min() > 0.9999
+    assert fast.refused > 10 * held / 2, "else it was no overload"
+    assert p99 < 2 * most
+    assert slow.tokens > 0.15 * (fast.tokens + slow.tokens), "a quarter is its share"
+    assert fast.in_vain + slow.in_vain <= 0.02 * (fast.refused + slow.refused)
+    assert serving.get("/ready")[0] == 200
