@@ -51,7 +51,7 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
 def speaking(style: ErrorStyle) -> Callable[[Endpoint], Endpoint]:
-    """Marks an endpoint that tells of errors in another style than its file's dialect, those included that are
+    """Marks an endpoint that tells of errors in another style than its file's dialect, those too that are
     found before it runs.
     """
 

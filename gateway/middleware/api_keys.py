@@ -90,7 +90,7 @@ def keys_of(headers: Headers) -> list[str]:
     given = []
     for value in headers.getlist("authorization"):
         scheme, _, rest = value.strip().partition(" ")
-        given.append(rest.strip() if rest and scheme.lower() == "bearer" else value.strip())
+        given.append(rest.strip() if scheme.lower() == "bearer" else value.strip())
     for name in ("api-key", "x-api-key"):
         given += [value.strip() for value in headers.getlist(name)]
     return [key for key in given if key][:8]
