@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import sys
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -51,19 +52,26 @@ def main() -> None:
         "gateway.__main__:application",
         factory=True,
         workers=settings.workers,
-        host=settings.host,
-        port=settings.port,
-        loop="uvloop",
-        http=GuardedProtocol,
-        ws="none",
-        ssl_certfile=settings.tls_cert_file,
-        ssl_keyfile=settings.tls_key_file,
-        # One line for each request costs a tenth of the throughput.
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=settings.drain_timeout_s,
+        **server_options(settings),
     )
+
+
+def server_options(settings: Settings) -> dict[str, Any]:
+    """What uvicorn is told of every server, whatever starts it."""
+    return {
+        "host": settings.host,
+        "port": settings.port,
+        "loop": "uvloop",
+        "http": GuardedProtocol,
+        "ws": "none",
+        "ssl_certfile": settings.tls_cert_file,
+        "ssl_keyfile": settings.tls_key_file,
+        # One line for each request costs a tenth of the throughput.
+        "access_log": False,
+        "log_config": None,
+        "server_header": False,
+        "timeout_graceful_shutdown": settings.drain_timeout_s,
+    }
 
 
 def _allow_files(count: int) -> None:

@@ -9,6 +9,7 @@ dialect (`middleware/refusals.py`); who has not got that far is cut off.
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ LIMITS = "connection_limits"
 REFUSAL = "refusal"
 """The name, in the state of a request, of what is wrong with it before it is looked at."""
 
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 # Connections beyond the limit that are told so. Those beyond these are closed without a word.
 _SPARE_CONNECTIONS = 64
 _TOO_LARGE = (
@@ -83,6 +85,8 @@ class GuardedProtocol(HttpToolsProtocol):
         is_new = self._head_since is None and (self.cycle is None or not self.cycle.more_body)
         if is_new:
             self._head_since, self._head_bytes = self.loop.time(), 0
+        if self._head_since is not None and _UPGRADE.search(data, 0, self.limits.max_header_bytes):
+            data = _without_upgrade(data)
         super().data_received(data)
         if self._head_since is not None:
             self._head_bytes += len(data)
@@ -138,6 +142,14 @@ class GuardedProtocol(HttpToolsProtocol):
         is_slow = taken < self.limits.min_bytes_per_s * (now - self._window_since)
         self._unsent, self._window_since = unsent, now
         return is_slow
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """Java's client offers HTTP/2 with every request. A server may pass over that, but httptools 0.9 passes
+    over the body then, too.
+    """
+    head, end, body = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + body
 
 
 def _too_large(limits: ConnectionLimits) -> HeadersTooLarge:
