@@ -3,48 +3,83 @@
 from __future__ import annotations
 
 import logging
+import resource
+import sys
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from pydantic import ValidationError
 
+from gateway import log_format
+from gateway.access import Access
 from gateway.app import create_app
+from gateway.connection import GuardedProtocol
+from gateway.keys import UnusableKeys
 from gateway.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
+# Files and connections that are no client's.
+_OTHER_FILES = 128
+
+
 def application() -> FastAPI:
     """The application of one worker."""
     settings = Settings()
-    _log(settings)
+    log_format.configure(settings.log_level)
     return create_app(settings)
-
-
-def _log(settings: Settings) -> None:
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
 
 
 def main() -> None:
     """Serves until SIGTERM or Ctrl-C, then finishes the requests that it has accepted."""
-    settings = Settings()
-    _log(settings)
-    logger.info("listening on %s:%d, inference server %s", settings.host, settings.port, settings.server)
+    try:
+        settings = Settings()
+        access = Access(settings)
+    except (UnusableKeys, ValidationError) as error:
+        sys.exit(f"error: {error}")
+    log_format.configure(settings.log_level)
+    _allow_files(settings.max_connections + _OTHER_FILES)
+    logger.info(
+        "listening on %s:%d, inference server %s, %s",
+        settings.host,
+        settings.port,
+        settings.server,
+        "an API key is asked for" if access.asks_for_keys else "no API key is asked for",
+    )
     uvicorn.run(
         "gateway.__main__:application",
         factory=True,
         workers=settings.workers,
-        host=settings.host,
-        port=settings.port,
-        loop="uvloop",
-        http="httptools",
-        # One line for each request costs a tenth of the throughput.
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=settings.drain_timeout_s,
+        **server_options(settings),
     )
+
+
+def server_options(settings: Settings) -> dict[str, Any]:
+    """What uvicorn is told of every server, whatever starts it."""
+    return {
+        "host": settings.host,
+        "port": settings.port,
+        "loop": "uvloop",
+        "http": GuardedProtocol,
+        "ws": "none",
+        "ssl_certfile": settings.tls_cert_file,
+        "ssl_keyfile": settings.tls_key_file,
+        # One line for each request costs a tenth of the throughput.
+        "access_log": False,
+        "log_config": None,
+        "server_header": False,
+        "timeout_graceful_shutdown": settings.drain_timeout_s,
+    }
+
+
+def _allow_files(count: int) -> None:
+    """Many systems let a process have 1024 open files, until it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
@@ -17,16 +18,24 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from gateway.access import Access
 from gateway.catalog import Catalog
+from gateway.connection import LIMITS, ConnectionLimits
 from gateway.context import current
 from gateway.endpoints import DEFAULT_DIALECT, DIALECTS
-from gateway.endpoints.dialect import Services
+from gateway.endpoints.dialect import Services, style_of
 from gateway.error_bodies import ErrorStyle
-from gateway.errors import BadRequest, GatewayError, ServerFault
+from gateway.errors import BadRequest, GatewayError, ServerFault, Unauthorized
 from gateway.images import ImageLoader
 from gateway.inference import GrpcInference, Inference
 from gateway.middleware.disconnect import Disconnect
+from gateway.lengths import BoundedInference
+from gateway.log_format import log_loop_error
+from gateway.middleware.api_keys import ApiKeys
+from gateway.middleware.cors import cors
+from gateway.middleware.refusals import Refusals
 from gateway.middleware.request_id import HEADER, RequestId
+from gateway.middleware.slow_bodies import SlowBodies
 from gateway.readiness import Readiness
 from gateway.scoring import Scorer
 from gateway.settings import Settings
@@ -39,18 +48,23 @@ _GC_THRESHOLD = 100_000
 _VERSION = importlib.metadata.version("triton-embeddings")
 _DESCRIPTION = (
     "Embedding models on NVIDIA Triton Inference Server. Point an OpenAI client's base_url at /v1; "
-    "no API key is needed."
 )
+_WITHOUT_KEYS = "no API key is needed."
+_WITH_KEYS = "an API key is asked for, as Authorization: Bearer KEY, api-key or x-api-key."
 
 
 def create_app(settings: Settings, inference: Inference | None = None) -> FastAPI:
     """The application.
 
     Tests give an inference of their own; else the server that the settings name is used.
+
+    Raises UnusableKeys.
     """
+    access = Access(settings)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        asyncio.get_running_loop().set_exception_handler(log_loop_error)
         # Made here: the gRPC channel belongs to the event loop that runs now.
         own = inference or GrpcInference(
             settings.server,
@@ -58,21 +72,22 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
             settings.max_answer_bytes,
             settings.admission_limits,
         )
+        bounded = BoundedInference(own, settings.max_text_bytes, settings.max_prompt_bytes)
         catalog = Catalog(own)
         readiness = Readiness(own, catalog, settings.canary_interval_s, settings.patience_s)
         # One thread: a request with much to compare must not take the processor from all others.
         calculator = ThreadPoolExecutor(1, "calculator")
-        scorer = Scorer(own, catalog, calculator, settings.max_products)
+        scorer = Scorer(bounded, catalog, calculator, settings.max_products)
         images = ImageLoader(settings)
         app.state.services = Services(
-            settings, own, catalog, readiness, Vocabulary(own), scorer, calculator, images
+            settings, bounded, catalog, readiness, Vocabulary(own), scorer, calculator, images
         )
         watch = asyncio.create_task(readiness.watch())
         # What lives by now lives for ever: without it, collections of old objects double the 99th percentile.
         # And what a request leaves behind has no cycles: a collection is seldom worth its while.
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
-        yield
+        yield {LIMITS: ConnectionLimits.of(settings)}
         watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watch
@@ -83,21 +98,47 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     # FastAPI's own /docs is blank on a machine without the internet: it takes its scripts from a CDN.
     app = FastAPIOffline(
         title="triton-embeddings",
-        description=_DESCRIPTION,
+        description=_DESCRIPTION + (_WITH_KEYS if access.asks_for_keys else _WITHOUT_KEYS),
         version=_VERSION,
         redoc_url=None,
         lifespan=lifespan,
     )
     for name, dialect in DIALECTS.items():
         app.include_router(dialect.router, tags=[name])
+    if access.asks_for_keys:
+        _describe_keys(app)
     # The last one added is the first that a request passes.
     app.add_middleware(Disconnect)
+    app.add_middleware(
+        SlowBodies,
+        timeout_s=settings.body_timeout_s,
+        min_bytes_per_s=settings.min_bytes_per_s,
+        window_s=settings.progress_window_s,
+    )
+    app.add_middleware(ApiKeys, access=access, refuse=_answer_error)
+    app.add_middleware(Refusals, refuse=_answer_error)
+    if settings.cors_origins:
+        app.add_middleware(cors, origins=settings.cors_origins)
     app.add_middleware(RequestId)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_unknown)
     return app
+
+
+def _describe_keys(app: FastAPI) -> None:
+    """Lets /docs ask for a key, and send it."""
+    build = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = build()
+        schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
+        schemes["API key"] = {"type": "http", "scheme": "bearer"}
+        document["security"] = [{"API key": []}]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
@@ -144,6 +185,8 @@ def _respond(
         extra["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
         extra["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
         extra["x-should-retry"] = "true"
+    if isinstance(error, Unauthorized):
+        extra["WWW-Authenticate"] = "Bearer"
     return respond(_style(request).render(error), status, extra)
 
 
@@ -155,5 +198,5 @@ def _style(request: Request) -> ErrorStyle:
     for dialect in DIALECTS.values():
         for route in dialect.router.routes:
             if route.matches(request.scope)[0] is not Match.NONE:
-                return dialect.errors
+                return style_of(getattr(route, "endpoint", None)) or dialect.errors
     return DEFAULT_DIALECT.errors

@@ -55,7 +55,12 @@ class Part:
 
 def size(item: Item) -> int:
     """Bytes of an item."""
-    return sum(map(len, _texts_of(item))) + sum(map(len, _images_of(item)))
+    return text_size(item) + sum(map(len, _images_of(item)))
+
+
+def text_size(item: Item) -> int:
+    """Bytes of its texts."""
+    return sum(map(len, _texts_of(item)))
 
 
 def cut(items: Sequence[Item], pipeline: Pipeline) -> list[Part]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backends.contract import Task
-from gateway.errors import GatewayError, Unavailable, UnknownModel, WrongTask
+from gateway.context import current
+from gateway.errors import Forbidden, GatewayError, Unavailable, UnknownModel, WrongTask, shorten
 from gateway.inference import Inference
 from gateway.pipeline import Pipeline
 
@@ -32,7 +33,9 @@ NO_NEEDS = Needs()
 
 
 class Catalog:
-    """Looks up models by the names that clients use."""
+    """Looks up models by the names that clients use. Inside of a request there are no models but those that
+    its key may use.
+    """
 
     def __init__(self, inference: Inference) -> None:
         self._inference = inference
@@ -43,7 +46,7 @@ class Catalog:
     @property
     def pipelines(self) -> list[Pipeline]:
         """The models known at the last look, by name."""
-        return list(self._pipelines)
+        return [pipeline for pipeline in self._pipelines if _may_use(pipeline)]
 
     async def refresh(self) -> list[Pipeline]:
         """Asks the server.
@@ -59,8 +62,8 @@ class Catalog:
         """The model of that name; without a name, the first that serves all the tasks, and of these one that
         takes what is needed if there is one.
 
-        Raises UnknownModel with the known names, WrongTask for a model that does not serve a task,
-        Unavailable when the server cannot tell.
+        Raises UnknownModel with the known names, Forbidden for one that the request's key may not use,
+        WrongTask for a model that does not serve a task, Unavailable when the server cannot tell.
         """
         found = self._match(model, tasks, needs)
         if found is None and time.monotonic() - self._refreshed_at > _REFRESH_INTERVAL_S:
@@ -68,6 +71,8 @@ class Catalog:
             found = self._match(model, tasks, needs)
         if found is None:
             raise self._unknown(model, tasks)
+        if not _may_use(found):
+            raise self._forbidden(model or found.served_model_name)
         missing = [task for task in tasks if task not in found.tasks]
         if missing:
             raise WrongTask(
@@ -80,7 +85,7 @@ class Catalog:
 
     def _match(self, model: str | None, tasks: Sequence[Task], needs: Needs) -> Pipeline | None:
         if not model:
-            able = [p for p in self._pipelines if p.tasks.issuperset(tasks)]
+            able = [p for p in self.pipelines if p.tasks.issuperset(tasks)]
             # A reranker can be asked for its logits, but who asks for classes means a classifier.
             return min(
                 able,
@@ -97,23 +102,42 @@ class Catalog:
 
     def _others(self, tasks: Sequence[Task]) -> str:
         """Who serves what a model does not."""
-        names = [p.served_model_name for p in self._pipelines if p.tasks.issuperset(tasks)]
+        names = [p.served_model_name for p in self.pipelines if p.tasks.issuperset(tasks)]
         return f"; {' and '.join(tasks)} is served by {', '.join(names)}" if names else ""
 
     def _unknown(self, model: str | None, tasks: Sequence[Task]) -> GatewayError:
         if not self._pipelines:
             return Unavailable("no model is loaded yet; try again in a while")
-        names = ", ".join(p.served_model_name for p in self._pipelines)
+        if not self.pipelines:
+            return self._forbidden(model)
+        names = ", ".join(p.served_model_name for p in self.pipelines)
         if not model:
-            offers = "; ".join(_offer(p, p.served_model_name) for p in self._pipelines)
+            offers = "; ".join(_offer(p, p.served_model_name) for p in self.pipelines)
             return WrongTask(
                 f"no model here serves {' and '.join(tasks)}; {offers}", param="model", code="wrong_task"
             )
         return UnknownModel(
-            f"the model {model!r} does not exist here; there are: {names}",
+            f"the model {shorten(model)} does not exist here; there are: {names}",
             param="model",
             code="model_not_found",
         )
+
+    def _forbidden(self, model: str | None) -> Forbidden:
+        context = current()
+        assert context is not None
+        names = ", ".join(p.served_model_name for p in self.pipelines)
+        use = f"it may use: {names}" if names else "none of those that it may use is loaded here"
+        what = f"the model {shorten(model)}" if model else "any of the models here"
+        return Forbidden(
+            f"the key {context.key_name!r} may not use {what}; {use}", param="model", code="model_not_allowed"
+        )
+
+
+def _may_use(pipeline: Pipeline) -> bool:
+    context = current()
+    if context is None or context.models is None:
+        return True
+    return not context.models.isdisjoint((pipeline.served_model_name, pipeline.name))
 
 
 def _offer(pipeline: Pipeline, name: str = "it") -> str:

@@ -127,7 +127,7 @@ def _read(item: Any, field: str, *, strings_are_images: bool = False) -> Draft:
             )
         return _read_content(held["content"], field)
     if not held or not set(held) <= {"text", "image", "image_url"}:
-        names = ", ".join(map(str, list(held)[:4])) or "nothing"
+        names = ", ".join(name[:40] for name in list(held)[:4]) or "nothing"
         raise BadRequest(
             f'{field} is an object that holds {names}; texts stand in {{"text": "..."}}, images in '
             '{"image": "..."}, and nothing else is read',

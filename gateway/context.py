@@ -32,6 +32,12 @@ class RequestContext:
     """time.monotonic() after which nobody wants an answer."""
     time_limit: str = ""
     """What set the deadline, in words."""
+    key_name: str | None = None
+    """Of the API key that it came with; None where none is asked for."""
+    models: frozenset[str] | None = None
+    """Names of the models that it may use; None is all."""
+    n_tokens: int = 0
+    """Tokens that were computed for it, as far as its answer accounts for them."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds that each phase took, as far as it is known by now."""
 
@@ -42,6 +48,12 @@ _current: ContextVar[RequestContext | None] = ContextVar("request_context", defa
 def current() -> RequestContext | None:
     """Of the request that runs; None outside of one, as in a canary."""
     return _current.get()
+
+
+def count_tokens(n_tokens: int) -> None:
+    """Tells what the request that runs has cost."""
+    if (context := current()) is not None:
+        context.n_tokens += n_tokens
 
 
 def enter(context: RequestContext) -> None:

@@ -11,6 +11,8 @@ GatewayError
   |     +-- Unauthorized   401
   |     +-- Forbidden      403
   |     +-- TooManyRequests 429 try again later
+  |     +-- SlowClient     408
+  |     +-- HeadersTooLarge 431
   +-- ServerFault          500  a fault on this side; what it was stands in the log only
         +-- Unavailable    503  try again soon
         +-- TimedOut       504
@@ -21,10 +23,15 @@ route the request took.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import ClassVar
 
 from backends.contract import ErrorCode
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 3
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 
 
 def root_of(field: str) -> str:
@@ -34,8 +41,8 @@ def root_of(field: str) -> str:
 
 def shorten(value: object, most: int = 60) -> str:
     """A value as messages show it."""
-    # Of a text of megabytes no more is written out than is shown.
-    text = repr(value[: most + 1] if isinstance(value, str) else value)
+    # Of a text of megabytes, or of lists in lists, no more is written out than is shown.
+    text = repr(value[: most + 1]) if isinstance(value, str) else _REPR.repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -107,6 +114,18 @@ class TooManyRequests(BadRequest):
     def __init__(self, message: str, *, retry_after_s: float, code: str = "rate_limit_exceeded") -> None:
         super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
+
+
+class SlowClient(BadRequest):
+    """A body that did not come in time."""
+
+    status = 408
+
+
+class HeadersTooLarge(BadRequest):
+    """More in front of a request's body than is taken."""
+
+    status = 431
 
 
 class ServerFault(GatewayError):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from backends.contract import ErrorCode, Task
-from gateway.errors import BadRequest, EmptyInput
+from gateway.errors import BadRequest, EmptyInput, shorten
 from gateway.pipeline import Pipeline
 from gateway.tasks import TextOptions
 
@@ -21,6 +21,11 @@ _KINDS = {
     list: "a list",
 }
 
+# Of a million items that are no strings, one is enough to know.
+Strings = Annotated[list[str], Field(fail_fast=True)]
+"""A list of strings, however long."""
+Numbers = Annotated[list[float], Field(fail_fast=True)]
+"""A list of numbers, however long."""
 # What the server's request parameters hold for sure, and more than anybody means.
 MAX_INT = 2**31 - 1
 SIDES = {"left": "left", "right": "right", "Left": "left", "Right": "right"}
@@ -151,7 +156,9 @@ def _join_parts(value: Any, field: str) -> Any:
         kinds = [str(part.get("type", "text")) for part in value]
         other = [kind for kind in kinds if kind != "text"]
         if other:
-            raise BadRequest(f"{field} holds a part of type {other[0]!r}; only texts are served", param=field)
+            raise BadRequest(
+                f"{field} holds a part of type {shorten(other[0])}; only texts are served", param=field
+            )
         return "".join(str(part.get("text", "")) for part in value)
     # An object may carry an id and what else its owner needs beside its text.
     return value["text"] if isinstance(value, dict) and isinstance(value.get("text"), str) else value

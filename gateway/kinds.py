@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 from backends.contract import Task
-from gateway.errors import BadRequest
+from gateway.errors import BadRequest, shorten
 
 KIND_TASKS = {"dense": Task.EMBED, "sparse": Task.SPARSE, "colbert": Task.COLBERT}
 """What requests call the three representations."""
@@ -33,7 +33,7 @@ def read_weights(given: Mapping[str, float] | Sequence[float] | None) -> dict[st
     unknown = [kind for kind in weights if kind not in DEFAULT_WEIGHTS]
     if unknown:
         raise BadRequest(
-            f"weights has {unknown[0]!r}; it takes {', '.join(DEFAULT_WEIGHTS)}", param="weights"
+            f"weights has {shorten(unknown[0])}; it takes {', '.join(DEFAULT_WEIGHTS)}", param="weights"
         )
     if any(not math.isfinite(weight) or weight < 0 for weight in weights.values()) or not sum(
         weights.values()

@@ -10,7 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from gateway.answers import truncated_header
 from gateway.errors import BadRequest
-from gateway.inputs import MAX_INT, SIDES, read_instruction, read_limit, read_text, read_texts
+from gateway.inputs import (
+    MAX_INT,
+    SIDES,
+    Numbers,
+    Strings,
+    read_instruction,
+    read_limit,
+    read_text,
+    read_texts,
+)
 from gateway.kinds import read_weights
 from gateway.pipeline import Pipeline
 from gateway.scoring import Scorer
@@ -40,7 +49,7 @@ class RerankRequest(BaseModel):
     )
     return_documents: StrictBool | None = None
     return_text: StrictBool | None = None
-    rank_fields: list[str] | None = Field(
+    rank_fields: Strings | None = Field(
         None, description="Fields of a document that is an object; text without."
     )
     normalize: StrictBool | None = Field(None, description="Scores between 0 and 1, or raw logits.")
@@ -58,7 +67,7 @@ class RerankRequest(BaseModel):
     truncate_prompt_tokens: StrictInt | None = Field(
         None, ge=-1, le=MAX_INT, description="Cut a pair to so many tokens; -1 is the model's own limit."
     )
-    weights: dict[str, float] | list[float] | None = Field(
+    weights: dict[str, float] | Numbers | None = Field(
         None, description="For models without a reranking head: of dense, sparse and colbert similarity."
     )
 

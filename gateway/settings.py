@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from gateway.admission import AdmissionLimits
@@ -23,8 +24,42 @@ class Settings(BaseSettings):
     """Processes that answer HTTP on the port; what is limited is limited for each."""
     server: str = "127.0.0.1:8001"
     """host:port of the inference server's gRPC interface."""
+    api_key: SecretStr | None = None
+    """One key that opens everything but metrics and admin routes; `gateway/keys.py` says what a key is."""
+    api_keys_file: Path | None = None
+    """Keys of many clients, with what each may do; read anew when it changes."""
+    admin_key: SecretStr | None = None
+    """The operator's own: for /admin, which is off without it, and for /metrics."""
+    metrics: bool | None = None
+    """Whether /metrics is there; without it, where it has a key or the host is loopback."""
+    starter_key: SecretStr | None = None
+    """Set by the command that starts the gateway, which lists the models with it."""
+    cors_origins: str = ""
+    """Web pages of these origins may call the gateway: https://app.example.com, commas between them, or *."""
+    tls_cert_file: Path | None = None
+    """A PEM file with the certificate, and the chain behind it: HTTPS is spoken then."""
+    tls_key_file: Path | None = None
+    """Its private key, where that is not in the same file."""
+    max_connections: int = Field(1000, ge=1)
+    """Connections that are open at once; those beyond are told so with 503, and closed."""
+    max_headers: int = Field(100, ge=1)
+    """Header fields of one request."""
+    max_header_bytes: int = Field(32 * 2**10, ge=1)
+    """Of one request's first line and header fields; more is refused with 431."""
+    header_timeout_s: float = Field(20.0, gt=0)
+    """A client that has not sent its headers by then is cut off."""
+    body_timeout_s: float = Field(300.0, gt=0)
+    """Waiting for a client's body, in all; longer is refused with 408."""
+    min_bytes_per_s: int = Field(512, ge=0)
+    """Slower clients are cut off, those that send a body and those that read an answer."""
+    progress_window_s: float = Field(20.0, gt=0)
+    """What that is measured over."""
     max_body_bytes: int = Field(32 * 2**20, ge=1)
     """Larger request bodies are refused with 413."""
+    max_text_bytes: int = Field(8 * 2**20, ge=1)
+    """Of one text as UTF-8. What can matter of a text to a model is cut from it far below."""
+    max_prompt_bytes: int = Field(64 * 2**10, ge=1)
+    """Of a prompt or an instruction, which go with every text of a request."""
     max_items: int = Field(2048, ge=1)
     """Inputs of one request; OpenAI's own limit."""
     max_documents: int = Field(10_000, ge=1)

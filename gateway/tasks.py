@@ -34,6 +34,7 @@ from backends.contract import (
     Task,
 )
 from gateway.batches import Array, Item
+from gateway.context import count_tokens
 from gateway.errors import BadRequest, RefusedItem, ServerFault
 from gateway.inference import Inference
 from gateway.pipeline import Pipeline
@@ -141,6 +142,7 @@ async def represent(
         rows: dict[str, Any] = await inference.infer(
             pipeline, items.elements, [*outputs, *ACCOUNT_OUTPUTS], _parameters(items, options)
         )
+    count_tokens(int(rows[N_TOKENS].sum()))
     sparse = None
     if Task.SPARSE in tasks:
         pairs = zip(rows[SPARSE_INDICES], rows[SPARSE_WEIGHTS], strict=True)
@@ -274,6 +276,7 @@ async def classify(
         rows: dict[str, Any] = await inference.infer(
             pipeline, items.elements, outputs, _parameters(items, options)
         )
+    count_tokens(int(rows[N_TOKENS].sum()))
     if not np.isfinite(rows[LOGITS]).all():
         raise ServerFault(
             f"the model {pipeline.served_model_name} gave numbers that are not finite: its checkpoint may be "

@@ -25,6 +25,8 @@ Body = TypeVar("Body", bound=BaseModel)
 # A body over the limit is still read to its end, and thrown away, up to so many times the limit: a client
 # that sends does not listen, and a connection that is closed under it tells nothing.
 _DISCARDED = 8
+# A request's own fields need seven levels; documents to rerank may hold whatever their owner needs.
+_MAX_DEPTH = 64
 # Numbers that are written as JSON without a break.
 _NUMBERS_AT_ONCE = 200_000
 
@@ -68,7 +70,10 @@ def parse(body: bytes) -> dict[str, Any]:
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:
+        if "depth limit" in str(error):
+            raise _too_deep() from None
         raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    _check_depth(body, content)
     if not isinstance(content, dict):
         raise BadRequest(
             f"the body is a JSON {_kind(content)}; a JSON object belongs there", code="invalid_json"
@@ -139,6 +144,32 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(
         f"the body is larger than {max_bytes} bytes; send fewer inputs at a time (the operator can raise the "
         "limit with GATEWAY_MAX_BODY_BYTES)"
+    )
+
+
+def _check_depth(body: bytes, content: Any) -> None:
+    """Raises BadRequest for what Python could not write out: orjson reads 1024 levels, and a message that
+    shows a value would need as many of Python's own.
+    """
+    if body.count(b"[") + body.count(b"{") <= _MAX_DEPTH:
+        return
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            part
+            for whole in level
+            for part in (whole.values() if isinstance(whole, dict) else whole)
+            if isinstance(part, (list, dict))
+        ]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> BadRequest:
+    return BadRequest(
+        f"the body has lists and objects nested more than {_MAX_DEPTH} deep; no request needs so many",
+        code="invalid_json",
     )
 
 

@@ -19,7 +19,7 @@ from gateway import classes, error_bodies
 from gateway.answers import truncated_header, usage, usage_header
 from gateway.batches import Array
 from gateway.classes import PredictRequest
-from gateway.endpoints.dialect import Dialect, Services, describe, services, speak
+from gateway.endpoints.dialect import Dialect, Services, describe, services, speaking
 from gateway.errors import BadRequest, EmptyInput
 from gateway.inputs import MAX_INT, read_instruction, read_limit
 from gateway.pipeline import Pipeline
@@ -59,9 +59,9 @@ _SCHEMA = ClassifyRequest.model_json_schema()
         _SCHEMA, {"input": [["what is panda?", "hi"]]}, {"object": "list", "score": [[-5.6]]}, _REFUSAL
     ),
 )
+@speaking(error_bodies.RTP_LLM)
 async def classify_rtp_llm(request: Request) -> Response:
     """Raw logits of every text or pair."""
-    speak(request, error_bodies.RTP_LLM)
     own = services(request)
     body = await read(request, ClassifyRequest, own.settings.max_body_bytes)
     # As there, where texts are always cut.
@@ -137,9 +137,9 @@ async def classify_texts(request: Request) -> Response:
         {"error": "inputs is an empty list", "error_type": "Empty"},
     ),
 )
+@speaking(error_bodies.TEI)
 async def predict(request: Request) -> Response:
     """Labels by their score; a flat list of two strings is one pair, not two texts."""
-    speak(request, error_bodies.TEI)
     own = services(request)
     body = check(PredictRequest, parse(await read_bytes(request, own.settings.max_body_bytes)))
     rows, headers = await classes.predict(

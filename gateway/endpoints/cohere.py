@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -18,7 +18,7 @@ from gateway.drafts import Drafts, load_items
 from gateway.endpoints.dialect import Dialect, describe, services
 from gateway.error_bodies import COHERE
 from gateway.errors import BadRequest
-from gateway.inputs import MAX_INT, ROLES, TextFields, kind_of, text_options
+from gateway.inputs import MAX_INT, ROLES, Strings, TextFields, kind_of, text_options
 from gateway.items import read_drafts
 from gateway.pipeline import Pipeline
 from gateway.quantization import QUANTIZATIONS
@@ -51,14 +51,12 @@ class EmbedRequest(BaseModel):
     input_type: Literal["search_document", "search_query", "classification", "clustering", "image"] | None = (
         Field(None, description="Tells queries and documents apart, for models that treat them differently.")
     )
-    texts: list[str] | None = Field(None, description="One of texts, images and inputs.")
-    images: list[str] | None = Field(
-        None, description="Data URLs, base64, or where the server allows it URLs."
-    )
+    texts: Strings | None = Field(None, description="One of texts, images and inputs.")
+    images: Strings | None = Field(None, description="Data URLs, base64, or where the server allows it URLs.")
     inputs: list[Any] | None = Field(None, description='Items of several parts: {"content": [...]}.')
     max_tokens: StrictInt | None = Field(None, ge=1, le=MAX_INT)
     output_dimension: StrictInt | None = Field(None, ge=1, le=MAX_INT)
-    embedding_types: list[_KIND] | None = Field(None, min_length=1)
+    embedding_types: Annotated[list[_KIND], Field(fail_fast=True)] | None = Field(None, min_length=1)
     truncate: Literal["NONE", "START", "END"] | StrictBool | None = Field(
         None, description="Which end of a text over the limit is cut off, or none; END without it."
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 
@@ -57,8 +58,29 @@ class Dialect:
 
 
 def speak(request: Request, style: ErrorStyle) -> None:
-    """Chooses how errors of this request are told, on a route that several dialects share."""
+    """Chooses how errors of this request are told, where its body says which dialect it speaks."""
     request.state.error_style = style
+
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
+
+def speaking(style: ErrorStyle) -> Callable[[Endpoint], Endpoint]:
+    """Marks an endpoint that tells of errors in another style than its file's dialect, those too that are
+    found before it runs.
+    """
+
+    def mark(endpoint: Endpoint) -> Endpoint:
+        endpoint.error_style = style  # type: ignore[attr-defined]
+        return endpoint
+
+    return mark
+
+
+def style_of(endpoint: object) -> ErrorStyle | None:
+    """The mark of an endpoint, if it has one."""
+    style: ErrorStyle | None = getattr(endpoint, "error_style", None)
+    return style
 
 
 def services(request: Request) -> Services:

@@ -4,7 +4,7 @@ pass.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -26,7 +26,7 @@ router = APIRouter()
 class HybridRequest(InputFields):
     """The body of POST /v1/embeddings/hybrid."""
 
-    outputs: list[Literal["dense", "sparse", "colbert"]] | None = Field(
+    outputs: Annotated[list[Literal["dense", "sparse", "colbert"]], Field(fail_fast=True)] | None = Field(
         None, min_length=1, description="What to give for each text; without it all that the model has."
     )
     encoding_format: Literal["float", "base64"] | None = None

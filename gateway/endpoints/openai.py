@@ -6,7 +6,7 @@ reads.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -30,8 +30,8 @@ class EmbeddingRequest(InputFields):
 
     encoding_format: Literal["float", "base64"] | None = None
     user: Any = None
-    embedding_types: list[Literal["dense", "sparse", "colbert"]] | None = Field(
-        None, min_length=1, description="What to give for each text, from one pass; dense without it."
+    embedding_types: Annotated[list[Literal["dense", "sparse", "colbert"]], Field(fail_fast=True)] | None = (
+        Field(None, min_length=1, description="What to give for each text, from one pass; dense without it.")
     )
 
 

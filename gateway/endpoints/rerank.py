@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request, Response
 
 from gateway import error_bodies, reranking
 from gateway.answers import usage_header, usage_of
-from gateway.endpoints.dialect import Dialect, describe, services, speak
+from gateway.endpoints.dialect import Dialect, describe, services, speak, speaking
 from gateway.reranking import Hit, Ranking, RerankRequest
 from gateway.wire import check, parse, read_bytes, respond
 
@@ -48,11 +48,11 @@ _RTP_LLM_DESCRIPTION = describe(
 
 
 @router.post("/v1/reranker", summary="Rerank, RTP-LLM's shape", openapi_extra=_RTP_LLM_DESCRIPTION)
+@speaking(error_bodies.RTP_LLM)
 async def rerank_rtp_llm(request: Request) -> Response:
     """Raw logits, unless `normalize` is true or the model is made to give a probability; documents as
     strings.
     """
-    speak(request, error_bodies.RTP_LLM)
     body, _ = await _read(request)
     if body.documents is None and body.texts is not None:
         return await _rerank_texts(request, body)

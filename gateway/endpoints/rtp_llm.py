@@ -22,7 +22,7 @@ from gateway.drafts import load_items
 from gateway.endpoints.dialect import Dialect, Services, describe, services
 from gateway.error_bodies import RTP_LLM
 from gateway.errors import BadRequest
-from gateway.inputs import TextFields, text_options
+from gateway.inputs import Numbers, TextFields, text_options
 from gateway.items import InputFields, Inputs, read_drafts, read_inputs
 from gateway.kinds import DEFAULT_WEIGHTS, kinds_to_tasks, read_weights
 from gateway.pipeline import Pipeline
@@ -61,7 +61,7 @@ class SimilarityRequest(TextFields):
     right: Inputs
     type: _KINDS | None = Field(None, description="Without it dense, if the model has it.")
     embedding_config: _EmbeddingConfig | None = Field(None, description="RTP-LLM's way to say the type.")
-    weights: dict[str, float] | list[float] | None = Field(
+    weights: dict[str, float] | Numbers | None = Field(
         None, description="Of a hybrid, by kind or as a list: dense, sparse, colbert. Default: 0.4, 0.2, 0.4."
     )
     return_response: StrictBool | None = Field(None, description="Give the embeddings, too.")

@@ -16,7 +16,7 @@ from gateway import error_bodies
 from gateway.answers import usage_of
 from gateway.endpoints.dialect import Dialect, describe, services
 from gateway.errors import BadRequest
-from gateway.inputs import MAX_INT, read_instruction, read_limit, read_texts
+from gateway.inputs import MAX_INT, Numbers, read_instruction, read_limit, read_texts
 from gateway.kinds import read_weights
 from gateway.tasks import TextOptions
 from gateway.wire import read, respond
@@ -47,7 +47,7 @@ class ScoreRequest(BaseModel):
     max_tokens_per_query: StrictInt | None = Field(None, ge=1, le=MAX_INT)
     max_tokens_per_doc: StrictInt | None = Field(None, ge=1, le=MAX_INT)
     label_token_ids: Any = None
-    weights: dict[str, float] | list[float] | None = None
+    weights: dict[str, float] | Numbers | None = None
 
 
 _SCHEMA = {

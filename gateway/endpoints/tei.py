@@ -25,7 +25,7 @@ from gateway.errors import (
     BadRequest,
     BodyTooLarge,
 )
-from gateway.inputs import SIDES, TextFields, text_options
+from gateway.inputs import SIDES, Strings, TextFields, text_options
 from gateway.items import Texts, read_items
 from gateway.pipeline import Pipeline
 from gateway.reranking import RerankRequest
@@ -59,7 +59,7 @@ class EmbedRequest(TextFields):
 
 class _Sides(BaseModel):
     source_sentence: str
-    sentences: list[str]
+    sentences: Strings
 
 
 class _SimilarityParameters(BaseModel):

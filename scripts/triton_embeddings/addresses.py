@@ -20,6 +20,7 @@ class Addresses:
     http_port: int
     grpc_port: int
     metrics_port: int
+    scheme: str = "http"
 
     def claim(self) -> Addresses:
         """The same with free ports for zeros.
@@ -45,13 +46,13 @@ class Addresses:
                 faults.append(str(error))
         if faults:
             raise CommandError("; ".join(dict.fromkeys(faults)))
-        return Addresses(self.host, *claimed.values())
+        return Addresses(self.host, *claimed.values(), scheme=self.scheme)
 
     @property
     def url(self) -> str:
         """The gateway as a client on this machine reaches it."""
         host = "localhost" if self.host in ("0.0.0.0", "::", LOOPBACK) else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 def claim_port(host: str, port: int, flag: str) -> int:

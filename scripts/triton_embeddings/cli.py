@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
+import secrets
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,6 +20,7 @@ from backends.options import ServingOptions
 from backends.repository.writer import list_pipelines
 from backends.repository.writer import remove as remove_pipeline
 from backends.source import default_name
+from gateway.keys import UnusableKeys, check_key, digest_of
 from triton_embeddings import models
 from triton_embeddings.addresses import LOOPBACK, Addresses
 from triton_embeddings.errors import CommandError
@@ -314,6 +317,28 @@ def serve(
     repository = model_repository or models.default_repository()
     with models.served_repository(repository, checkpoints or [], options, scratch_directory()) as served:
         launch(served, addresses, console, Stop(), flags)
+
+
+@app.command()
+def hash_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is; it stands in messages and logs.")] = "",
+) -> None:
+    """Print the line of an API key for GATEWAY_API_KEYS_FILE. The key is read from standard input; where that
+    is a terminal, a new one is made.
+    """
+    is_new = sys.stdin.isatty()
+    key = f"sk-{secrets.token_urlsafe(32)}" if is_new else sys.stdin.readline().strip()
+    try:
+        check_key(key, "the line on standard input")
+    except UnusableKeys as error:
+        raise CommandError(str(error)) from error
+    if is_new:
+        # Not to standard output, which may go into the file.
+        Console(stderr=True, highlight=False).print(
+            f"the key, which is shown only now: {key}", soft_wrap=True
+        )
+    line = json.dumps({"name": name or f"key-{digest_of(key).hex()[:8]}", "sha256": digest_of(key).hex()})
+    console.print(line, markup=False, soft_wrap=True)
 
 
 # max_context_batch_size is RTP-LLM's way to say max_batch_tokens, and becomes it when the checkpoint is read.

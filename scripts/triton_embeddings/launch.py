@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import ssl
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from gateway.access import Access, is_loopback
 from triton_embeddings.addresses import LOOPBACK, Addresses
 from triton_embeddings.errors import CommandError
-from triton_embeddings.preflight import check_packages, check_paths, read_gateway_settings
+from triton_embeddings.preflight import check_packages, check_paths, check_strangers, read_gateway_settings
 from triton_embeddings.process import Child, Stop
 from triton_embeddings.server_binary import find_server, state_directory
 from triton_embeddings.server_log import explain_exit
@@ -39,6 +43,11 @@ _ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
     "classify": ("/v1/classify", {"input": "Hello, world"}),
     "tokens": ("/embed_all", {"inputs": "Hello, world"}),
 }
+# For the gateway that this command has started itself: its certificate names where clients find it, which is
+# seldom this machine's own address.
+_TLS = ssl.create_default_context()
+_TLS.check_hostname = False
+_TLS.verify_mode = ssl.CERT_NONE
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -53,9 +62,11 @@ def launch(
     check_packages()
     check_paths(repository, state_directory())
     settings = read_gateway_settings(flags)
+    access = check_strangers(settings)
     server = find_server()
     # Once more, for a download may lie between the first look and this one.
-    addresses = addresses.claim()
+    addresses = replace(addresses.claim(), scheme="https" if settings.tls_cert_file else "http")
+    starter_key = secrets.token_urlsafe(32)
     state = state_directory()
     log = state / "log" / f"server-{addresses.grpc_port}.log"
     log.parent.mkdir(exist_ok=True)
@@ -73,7 +84,9 @@ def launch(
         stack.callback(triton.stop, _SERVER_EXIT_TIMEOUT_S + 5)
         gateway_command = [sys.executable, "-m", "gateway"]
         gateway = stop.watch_over(
-            Child("gateway", gateway_command, gateway_environment(addresses, flags), folder=state)
+            Child(
+                "gateway", gateway_command, gateway_environment(addresses, flags, starter_key), folder=state
+            )
         )
         # Entered last, so left first: the gateway finishes its requests while the server still answers them.
         stack.callback(gateway.stop, settings.drain_timeout_s + 5)
@@ -82,7 +95,7 @@ def launch(
             is_ready = _wait_until_ready(addresses, (triton, gateway), log, stop)
         if is_ready:
             console.print(f"loaded in {time.monotonic() - started:.1f} s")
-            _introduce(console, addresses, log)
+            _introduce(console, addresses, log, access, starter_key)
             _wait_for_the_end((triton, gateway), log, stop)
         console.print(
             "stopping: the gateway finishes its requests, then the server ends (Ctrl-C again: at once)",
@@ -109,13 +122,16 @@ def _server_arguments(repository: Path, addresses: Addresses, shared_memory_pref
     ]
 
 
-def gateway_environment(addresses: Addresses, flags: Mapping[str, str]) -> dict[str, str]:
+def gateway_environment(
+    addresses: Addresses, flags: Mapping[str, str], starter_key: str = ""
+) -> dict[str, str]:
     """What is set here already stays, where no flag says otherwise."""
     return {
         **os.environ,
         **{f"GATEWAY_{name.upper()}": value for name, value in flags.items()},
         "GATEWAY_HOST": addresses.host,
         "GATEWAY_PORT": str(addresses.port),
+        **({"GATEWAY_STARTER_KEY": starter_key} if starter_key else {}),
         "GATEWAY_SERVER": f"{LOOPBACK}:{addresses.grpc_port}",
         "GATEWAY_LOG_LEVEL": os.environ.get("GATEWAY_LOG_LEVEL", "warning"),
     }
@@ -156,11 +172,13 @@ def _check_alive(children: Sequence[Child], log: Path) -> None:
             raise CommandError(explain_exit(child.name, child.exit_code, log))
 
 
-def _get(addresses: Addresses, path: str) -> tuple[int, dict[str, Any]]:
+def _get(addresses: Addresses, path: str, key: str = "") -> tuple[int, dict[str, Any]]:
     """Status and JSON of the gateway's answer; 0 when there is none."""
     host = LOOPBACK if addresses.host == "0.0.0.0" else "[::1]" if addresses.host == "::" else addresses.host
+    url = f"{addresses.scheme}://{host}:{addresses.port}{path}"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(f"http://{host}:{addresses.port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=10, context=_TLS) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
@@ -169,8 +187,8 @@ def _get(addresses: Addresses, path: str) -> tuple[int, dict[str, Any]]:
         return 0, {}
 
 
-def _introduce(console: Console, addresses: Addresses, log: Path) -> None:
-    models = _get(addresses, "/v1/models")[1].get("data", [])
+def _introduce(console: Console, addresses: Addresses, log: Path, access: Access, starter_key: str) -> None:
+    models = _get(addresses, "/v1/models", starter_key)[1].get("data", [])
     table = Table("model", "tasks", "dimensions", "max tokens", box=None, padding=(0, 3, 0, 0))
     for model in models:
         table.add_row(
@@ -182,8 +200,9 @@ def _introduce(console: Console, addresses: Addresses, log: Path) -> None:
     route, body = next((r for task, r in _ROUTES.items() if task in first["tasks"]), _ROUTES["embed"])
     request = json.dumps({"model": first["id"], **body})
     console.print("\ntry it:\n", highlight=False)
+    key = " -H 'Authorization: Bearer KEY'" if access.asks_for_keys else ""
     console.print(
-        f"  curl {addresses.url}{route} -H 'Content-Type: application/json' -d '{request}'\n",
+        f"  curl {addresses.url}{route}{key} -H 'Content-Type: application/json' -d '{request}'\n",
         highlight=False,
         soft_wrap=True,
         markup=False,
@@ -194,11 +213,22 @@ def _introduce(console: Console, addresses: Addresses, log: Path) -> None:
         soft_wrap=True,
     )
     console.print(f"its log: {log}", soft_wrap=True)
-    if addresses.host not in (LOOPBACK, "localhost", "::1"):
-        console.print(
-            f"listening on {addresses.host}: whoever reaches this machine can use it, there are no keys"
-        )
+    console.print(describe_access(addresses, access), soft_wrap=True)
     console.print("Ctrl-C stops everything")
+
+
+def describe_access(addresses: Addresses, access: Access) -> str:
+    """Who may use what is served, in a sentence for the operator."""
+    reach = "this machine alone" if is_loopback(addresses.host) else "whoever reaches this machine"
+    where = f"listening on {addresses.host}"
+    if not access.asks_for_keys:
+        return f"{where}: {reach} can use it; no API key is asked for (GATEWAY_API_KEY gives it one)"
+    plain = (
+        ""
+        if addresses.scheme == "https" or is_loopback(addresses.host)
+        else ("; keys travel in plain, as without GATEWAY_TLS_CERT_FILE everything does")
+    )
+    return f"{where}: {reach} can use it, with an API key{plain}"
 
 
 def _clear_shared_memory(prefix: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from gateway.access import Access
+from gateway.keys import UnusableKeys
 from gateway.settings import Settings
 from triton_embeddings.errors import CommandError
 
@@ -49,4 +52,28 @@ def read_gateway_settings(flags: Mapping[str, Any]) -> Settings:
             f"--{name.replace('_', '-')}" if name in flags else f"the environment's GATEWAY_{name.upper()}"
         )
         reason = first["msg"].removeprefix("Value error, ")
-        raise CommandError(f"{where} is {first['input']!r}: {reason[:1].lower()}{reason[1:]}") from error
+        # What stands in a key is nobody's business.
+        shown = "wrong" if name.endswith("_key") else repr(first["input"])
+        raise CommandError(f"{where} is {shown}: {reason[:1].lower()}{reason[1:]}") from error
+
+
+def check_strangers(settings: Settings) -> Access:
+    """The keys and the certificate that the gateway will read, looked at before anything is started."""
+    try:
+        access = Access(settings)
+    except UnusableKeys as error:
+        raise CommandError(str(error)) from error
+    certificate, key = settings.tls_cert_file, settings.tls_key_file
+    if key is not None and certificate is None:
+        raise CommandError("GATEWAY_TLS_KEY_FILE is set, and GATEWAY_TLS_CERT_FILE is not: give both")
+    if certificate is not None:
+        try:
+            # Without a password: nobody sits there to type one.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CommandError(
+                f"the certificate {certificate} with the key {key or 'in it'} cannot be used: {reason}; both "
+                "are PEM files, and the key is without a password"
+            ) from error
+    return access

@@ -183,12 +183,12 @@ class FakeInference:
         if parameters.get("text_format") == "ids":
             ids = [np.frombuffer(item, "<i4") for item in items]
             return {
-                TOKEN_TEXTS: [[chr(c).lower().encode() for c in row] for row in ids],
-                DECODED: np.array([["".join(map(chr, row)).encode()] for row in ids], object),
+                TOKEN_TEXTS: [[_text_of(c).lower().encode() for c in row] for row in ids],
+                DECODED: np.array([["".join(map(_text_of, row)).encode()] for row in ids], object),
             }
         return {
             INPUT_IDS: [list(item) for item in items],
-            TOKEN_TEXTS: [[bytes([c]) for c in item] for item in items],
+            TOKEN_TEXTS: [[chr(c).encode() for c in item] for item in items],
             IS_SPECIAL: [[i == 0 for i in range(len(item))] for item in items],
             TOKEN_SPANS: [[(i, i + 1) for i in range(len(item))] for item in items],
         }
@@ -198,6 +198,11 @@ class FakeInference:
 
     async def close(self) -> None:
         self.is_closed = True
+
+
+def _text_of(token: int) -> str:
+    """A letter for every id, the real one for those of letters."""
+    return chr(token % 0xD800)
 
 
 def vector(item: Item, dimensions: int = 8) -> np.ndarray:

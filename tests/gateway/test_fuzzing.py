@@ -1,0 +1,95 @@
+"""Everything that a stranger may send: no answer says that the fault is here, and no log has a traceback."""
+
+import collections
+import logging
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+
+from gateway.app import create_app
+from gateway.settings import Settings
+from tests.gateway.conftest import running
+from tests.support.fake_inference import CLASSIFIER, KINDS, MULTIMODAL, RERANKER, FakeInference
+from tests.support.mutations import good_bodies, mutants
+
+COUNT = 10_000
+MODELS = [KINDS, RERANKER, CLASSIFIER, MULTIMODAL]
+DOCUMENT = create_app(Settings(), FakeInference()).openapi()
+GOOD = {"input": ["Hello, world", "Good morning"]}
+
+
+def no_traceback(caplog):
+    return [record for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_mutated_bodies_are_the_clients_fault(seed, caplog):
+    good = good_bodies(DOCUMENT)
+    statuses = collections.Counter()
+    async with running(FakeInference(MODELS), max_body_bytes=200_000) as client:
+        before = (await client.post("/v1/embeddings", json=GOOD)).json()
+        for mutant in mutants(good, COUNT // 4, seed):
+            answer = await client.request(
+                mutant.method,
+                mutant.path,
+                content=mutant.body,
+                headers={name: value.encode("latin-1") for name, value in mutant.headers.items()},
+            )
+            statuses[answer.status_code] += 1
+            assert answer.status_code < 500, (mutant.path, mutant.body[:300], answer.text[:300])
+            assert len(answer.content) < 100_000 or answer.status_code == 200, (
+                "an error repeats what was sent"
+            )
+        assert (await client.post("/v1/embeddings", json=GOOD)).json() == before
+    assert no_traceback(caplog) == []
+    # Else nothing but the first check of each route was reached.
+    assert statuses[200] > COUNT // 40, statuses
+    assert statuses[400] > COUNT // 40, statuses
+
+
+def test_mutations_are_the_same_for_the_same_seed():
+    good = good_bodies(DOCUMENT)
+    assert list(mutants(good, 50, 1)) == list(mutants(good, 50, 1)) != list(mutants(good, 50, 2))
+
+
+SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
+OPERATIONS = [operation.ok() for operation in SCHEMA.get_all_operations()]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
+def test_what_the_description_allows_and_what_it_does_not_is_answered(operation, caplog):
+    cases = []
+    for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
+
+        @settings(
+            max_examples=30,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def collect(case):
+            cases.append(case.as_transport_kwargs(base_url="http://gateway"))
+
+        collect()
+    assert cases
+
+    async def send():
+        async with running(FakeInference(MODELS)) as client:
+            for case in cases:
+                known = {
+                    k: case[k]
+                    for k in ("method", "url", "json", "data", "headers", "params")
+                    if case.get(k) is not None
+                }
+                answer = await client.request(**known)
+                assert answer.status_code < 500, (known, answer.text[:300])
+
+    import asyncio
+
+    asyncio.run(send())
+    assert no_traceback(caplog) == []
