@@ -137,9 +137,13 @@ class ModelQueue:
         self.dispatch()
 
     def _rate(self, lane: LaneQueue) -> float | None:
-        """Tokens a second that a lane advances by; None before anything was answered."""
+        """Tokens a second that a lane advances by; None before anything was answered.
+
+        What urgent requests are told must also hold when bulk work comes meanwhile. The other way round it
+        would be told four times too long.
+        """
         rate = self._throughput.tokens_per_s
-        is_shared = any(other.tokens for other in self._lanes.values() if other is not lane)
+        is_shared = lane.lane is Lane.INTERACTIVE or self._lanes[Lane.INTERACTIVE].tokens > 0
         return rate * lane.share if rate is not None and is_shared else rate
 
     def _refusal(

@@ -310,6 +310,12 @@ async def _all_or_fault(
     """What each gives, or why it is refused. What fails for another reason than an item ends the others, for
     nobody waits for them.
     """
+    if len(parts) == 1:
+        # Most requests; they need no task of their own.
+        try:
+            return [await infer_part(parts[0])]
+        except RefusedItem as error:
+            return [error]
     tasks: list[asyncio.Task[dict[str, Array]]] = []
     faults: list[Exception] = []
 

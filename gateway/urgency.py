@@ -83,8 +83,9 @@ class TimeLimit:
 
     deadline: float
     """time.monotonic()."""
-    words: str
-    """The limit, and what a person can do about it."""
+    own: str
+    """What of the request set it; empty where it is the operator's."""
+    default_s: float
 
     @property
     def deadline_ms(self) -> int:
@@ -93,7 +94,14 @@ class TimeLimit:
 
     def error(self, subject: str) -> TimedOut:
         """What the client is told when it passes."""
-        return TimedOut(f"{subject} did not answer within {self.words}")
+        if self.own:
+            limit = f"{self.own}; give it more time, or send fewer or shorter inputs"
+        else:
+            limit = (
+                f"{self.default_s:g} s; send fewer or shorter inputs (the operator can raise the limit with "
+                "GATEWAY_REQUEST_TIMEOUT_S)"
+            )
+        return TimedOut(f"{subject} did not answer within {limit}")
 
     @contextlib.asynccontextmanager
     async def watch(self, subject: str) -> AsyncIterator[None]:
@@ -115,11 +123,5 @@ def time_limit(default_s: float) -> TimeLimit | None:
         return None
     deadline = context.received_at + default_s
     if context.deadline is not None and context.deadline < deadline:
-        return TimeLimit(
-            context.deadline, f"{context.time_limit}; give it more time, or send fewer or shorter inputs"
-        )
-    return TimeLimit(
-        deadline,
-        f"{default_s:g} s; send fewer or shorter inputs (the operator can raise the limit with "
-        "GATEWAY_REQUEST_TIMEOUT_S)",
-    )
+        return TimeLimit(context.deadline, context.time_limit, default_s)
+    return TimeLimit(deadline, "", default_s)

@@ -5,7 +5,6 @@ are cancelled.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,8 +14,12 @@ from gateway.context import current
 logger = logging.getLogger(__name__)
 
 
+# Most requests are answered before that, and need no task that listens.
+_GRACE_S = 0.05
+
+
 class Disconnect:
-    """Listens for the client from when its body is there until the answer is."""
+    """Listens for the client from soon after its body is there until the answer is."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -37,7 +40,7 @@ class Disconnect:
                 "%s: its client has gone away", "a request" if context is None else context.request_id
             )
         finally:
-            await connection.close()
+            connection.close()
 
 
 class _Connection:
@@ -51,18 +54,24 @@ class _Connection:
         self._receive = receive
         self._send = send
         self._is_answered = False
+        self._start: asyncio.TimerHandle | None = None
         self._watch: asyncio.Task[Message] | None = None
 
     async def receive(self) -> Message:
         """Until the body is there, the server's own; then one task listens, and tells all who ask."""
-        if self._watch is not None:
-            return await asyncio.shield(self._watch)
+        if self._start is not None:
+            return await asyncio.shield(self._listen())
         message = await self._receive()
         if message["type"] == "http.request" and not message.get("more_body", False):
-            self._watch = asyncio.create_task(self._listen())
+            self._start = asyncio.get_running_loop().call_later(_GRACE_S, self._listen)
         return message
 
-    async def _listen(self) -> Message:
+    def _listen(self) -> asyncio.Task[Message]:
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._wait_for_the_end())
+        return self._watch
+
+    async def _wait_for_the_end(self) -> Message:
         message = await self._receive()
         # A server says the same when the answer is complete.
         if message["type"] == "http.disconnect" and not self._is_answered:
@@ -76,9 +85,9 @@ class _Connection:
             self._is_answered = True
         await self._send(message)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Listens no more."""
+        if self._start is not None:
+            self._start.cancel()
         if self._watch is not None:
             self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from backends.turns import Job, Turns
+from backends.turns import Job, Piece, Turns, halve
 
 
 def job(*lengths, name=None):
@@ -103,3 +103,13 @@ def test_what_was_given_back_keeps_its_place():
     for name in "abc":
         turns.add(job(10, name=name))
     assert [taken(turns) for _ in range(4)] == [[("a", [0])], [("b", [0])], [("c", [0])], []]
+
+
+def test_a_turn_is_cut_between_requests_and_a_request_between_its_sequences():
+    one, two, three = (Piece(Job(name, np.ones(3, np.int64)), np.arange(3)) for name in "abc")
+    assert halve([one, two, three], is_whole=False) == [[one], [two, three]]
+    first, second = halve([one], is_whole=False)
+    assert [piece.places.tolist() for piece in (*first, *second)] == [[0], [1, 2]]
+    assert len(halve([Piece(one.job, np.array([1]))], is_whole=False)) == 1
+    assert halve([one], is_whole=True) == [[one]]
+    assert halve([one, two], is_whole=True) == [[one], [two]]

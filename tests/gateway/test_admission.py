@@ -378,7 +378,7 @@ async def test_places_of_those_who_do_not_come_are_given_up():
     for _ in range(6):
         await server.answer(seconds=0.1)
     assert server.state.lanes[FAST].queued_tokens == 400
-    server.clock.now += 0.4
+    server.clock.now += 0.8
     server.start("new", [100], FAST)
     await settle()
     assert server.state.lanes[FAST].rejected == 30, "half of the queue is open to everybody"

@@ -265,5 +265,5 @@ async def test_ten_times_as_much_as_can_be_done(serving, session):
     assert fast.refused > 10 * held / 2, "else it was no overload"
     assert p99 < 2 * most
     assert slow.tokens > 0.15 * (fast.tokens + slow.tokens), "a quarter is its share"
-    assert fast.in_vain + slow.in_vain <= 0.02 * (fast.refused + slow.refused)
+    assert fast.in_vain + slow.in_vain <= 0.03 * (fast.refused + slow.refused)
     assert serving.get("/ready")[0] == 200
