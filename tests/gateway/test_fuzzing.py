@@ -2,11 +2,13 @@
 
 import asyncio
 import collections
+import contextlib
 import logging
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
 
 from gateway.app import create_app
 from gateway.settings import Settings
@@ -54,7 +56,15 @@ def test_mutations_are_the_same_for_the_same_seed():
     assert list(mutants(good, 50, 1)) == list(mutants(good, 50, 1)) != list(mutants(good, 50, 2))
 
 
-_SENT = ("method", "url", "json", "data", "headers", "params")
+# What httpx calls what schemathesis has made for requests.
+_SENT = {
+    "method": "method",
+    "url": "url",
+    "json": "json",
+    "data": "content",
+    "headers": "headers",
+    "params": "params",
+}
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 OPERATIONS = [operation.ok() for operation in SCHEMA.get_all_operations()]
 
@@ -76,13 +86,17 @@ def test_what_the_description_allows_and_what_it_does_not_is_answered(operation,
         def collect(case):
             cases.append(case.as_transport_kwargs(base_url="http://gateway"))
 
-        collect()
+        # Of a route that takes nothing there is nothing to do wrong.
+        with contextlib.suppress(Unsatisfiable):
+            collect()
     assert cases
 
     async def send():
         async with running(FakeInference(MODELS)) as client:
             for case in cases:
-                known = {name: case[name] for name in _SENT if case.get(name) is not None}
+                known = {
+                    _SENT[name]: value for name, value in case.items() if name in _SENT and value is not None
+                }
                 answer = await client.request(**known)
                 assert answer.status_code < 500, (known, answer.text[:300])
 

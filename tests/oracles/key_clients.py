@@ -1,4 +1,4 @@
-"""Runs in .venv-oracle: what clients of several makers raise when their key is refused, JSON in and JSON out."""
+"""Runs in .venv-oracle: what clients of several makers raise when a key is refused, JSON in and JSON out."""
 
 import json
 import os
