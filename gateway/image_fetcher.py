@@ -188,10 +188,10 @@ class _CheckedResolver(AbstractResolver):
             addresses = [ip_address(address) for address in await self._lookup(host)]
         except OSError as error:
             # Refused like the others, so that nobody learns which names a private network has.
-            logger.info("%s has no address: %s", host, error)
+            logger.debug("%s has no address: %s", host, error)
             raise refusal from None
         if not self._hosts.allow(host, port, addresses):
-            logger.info("images are not fetched from %s, which is at %s", host, addresses)
+            logger.debug("images are not fetched from %s, which is at %s", host, addresses)
             raise refusal
         return [
             ResolveResult(

@@ -61,6 +61,7 @@ _JSON_WEIGHT = {SPARSE_INDICES: 4, SPARSE_WEIGHTS: 4}
 # A stub that died is noticed by nobody but the request that meets it; the model cannot answer until it is
 # loaded anew.
 _DEAD_STUB = re.compile(r"Stub process .* is not healthy")
+_PYTHON_FAULT = re.compile(r"(?s)(?<=message: )\w*(?:Error|Exception)\b.*")
 _NEVER = float("-inf")
 
 
@@ -300,7 +301,10 @@ class GrpcInference:
             return Unavailable("the inference server cannot be reached at the moment; try again in a while")
         if status == _status(grpc.StatusCode.NOT_FOUND):
             return Unavailable(f"the model {subject} is not loaded at the moment; try again in a while")
-        logger.error("%s: %s %s", subject, status, message)
+        # What a stage's exception says may be a piece of a text.
+        logger.error(
+            "%s: %s %s", subject, status, _PYTHON_FAULT.sub("(the server's log tells more)", message)
+        )
         return ServerFault("the model failed on this request; the server's log tells why")
 
 

@@ -25,6 +25,7 @@ import triton_python_backend_utils as pb_utils
 from backends.checkpoint import Checkpoint
 from backends.contract import ErrorCode, RequestParameter, StageFailure
 from backends.errors import BackendError, RequestError
+from backends.log_format import Formatter
 from backends.options import ServingOptions
 from backends.source import resolve
 
@@ -140,9 +141,9 @@ class Stage(ABC):
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Called once by the server when it loads the entry."""
-        logging.basicConfig(
-            stream=sys.stderr, level=logging.INFO, format=f"{args['model_name']}: %(levelname)s %(message)s"
-        )
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(Formatter(f"{args['model_name']}: %(levelname)s %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
         parameters = {
             name: value["string_value"]
             for name, value in json.loads(args["model_config"])["parameters"].items()

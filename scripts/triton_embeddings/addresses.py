@@ -46,7 +46,8 @@ class Addresses:
                 faults.append(str(error))
         if faults:
             raise CommandError("; ".join(dict.fromkeys(faults)))
-        return Addresses(self.host, *claimed.values(), scheme=self.scheme)
+        port, http_port, grpc_port, metrics_port = claimed.values()
+        return Addresses(self.host, port, http_port, grpc_port, metrics_port, self.scheme)
 
     @property
     def url(self) -> str:

@@ -1,12 +1,14 @@
 """Everything that a stranger may send: no answer says that the fault is here, and no log has a traceback."""
 
+import asyncio
 import collections
+import contextlib
 import logging
 
-import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
 
 from gateway.app import create_app
 from gateway.settings import Settings
@@ -54,6 +56,15 @@ def test_mutations_are_the_same_for_the_same_seed():
     assert list(mutants(good, 50, 1)) == list(mutants(good, 50, 1)) != list(mutants(good, 50, 2))
 
 
+# What httpx calls what schemathesis has made for requests.
+_SENT = {
+    "method": "method",
+    "url": "url",
+    "json": "json",
+    "data": "content",
+    "headers": "headers",
+    "params": "params",
+}
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 OPERATIONS = [operation.ok() for operation in SCHEMA.get_all_operations()]
 
@@ -64,7 +75,7 @@ def test_what_the_description_allows_and_what_it_does_not_is_answered(operation,
     for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
 
         @settings(
-            max_examples=30,
+            max_examples=12,
             deadline=None,
             database=None,
             derandomize=True,
@@ -75,21 +86,19 @@ def test_what_the_description_allows_and_what_it_does_not_is_answered(operation,
         def collect(case):
             cases.append(case.as_transport_kwargs(base_url="http://gateway"))
 
-        collect()
+        # Of a route that takes nothing there is nothing to do wrong.
+        with contextlib.suppress(Unsatisfiable):
+            collect()
     assert cases
 
     async def send():
         async with running(FakeInference(MODELS)) as client:
             for case in cases:
                 known = {
-                    k: case[k]
-                    for k in ("method", "url", "json", "data", "headers", "params")
-                    if case.get(k) is not None
+                    _SENT[name]: value for name, value in case.items() if name in _SENT and value is not None
                 }
                 answer = await client.request(**known)
                 assert answer.status_code < 500, (known, answer.text[:300])
-
-    import asyncio
 
     asyncio.run(send())
     assert no_traceback(caplog) == []
