@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from gateway import gauges, tracing
 from gateway.catalog import Catalog
 from gateway.context import current
 from gateway.endpoints import DEFAULT_DIALECT, DIALECTS
@@ -25,7 +26,9 @@ from gateway.error_bodies import ErrorStyle
 from gateway.errors import BadRequest, GatewayError, ServerFault
 from gateway.images import ImageLoader
 from gateway.inference import GrpcInference, Inference
+from gateway.middleware.observation import Observation
 from gateway.middleware.request_id import HEADER, RequestId
+from gateway.observed import Observed
 from gateway.readiness import Readiness
 from gateway.scoring import Scorer
 from gateway.settings import Settings
@@ -51,8 +54,8 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # Made here: the gRPC channel belongs to the event loop that runs now.
-        own = inference or GrpcInference(
-            settings.server, settings.request_timeout_s, settings.max_answer_bytes
+        own = Observed(
+            inference or GrpcInference(settings.server, settings.request_timeout_s, settings.max_answer_bytes)
         )
         catalog = Catalog(own)
         readiness = Readiness(own, catalog, settings.canary_interval_s, settings.patience_s)
@@ -63,19 +66,23 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         app.state.services = Services(
             settings, own, catalog, readiness, Vocabulary(own), scorer, calculator, images
         )
-        watch = asyncio.create_task(readiness.watch())
+        watches = [asyncio.create_task(readiness.watch()), asyncio.create_task(gauges.watch(readiness))]
         # What lives by now lives for ever: without it, collections of old objects double the 99th percentile.
         # And what a request leaves behind has no cycles: a collection is seldom worth its while.
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
         yield
-        watch.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watch
+        for watch in watches:
+            watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watch
         calculator.shutdown(wait=False, cancel_futures=True)
         await images.close()
         await own.close()
+        if spans is not None:
+            await asyncio.to_thread(spans.shutdown)
 
+    spans = tracing.make_provider(settings.traces_url) if settings.traces_url else None
     # FastAPI's own /docs is blank on a machine without the internet: it takes its scripts from a CDN.
     app = FastAPIOffline(
         title="triton-embeddings",
@@ -83,10 +90,12 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         version=_VERSION,
         redoc_url=None,
         lifespan=lifespan,
+        telemetry=tracing.fastapi_options(spans),
     )
     for name, dialect in DIALECTS.items():
         app.include_router(dialect.router, tags=[name])
     # The last one added is the first that a request passes.
+    app.add_middleware(Observation, has_access_log=settings.access_log)
     app.add_middleware(RequestId)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
@@ -120,7 +129,7 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
 
 
 async def _answer_unknown(request: Request, error: Exception) -> Response:
-    logger.error("unexpected error on %s", request.url.path, exc_info=error)
+    logger.error("unexpected error", exc_info=error)
     fault = ServerFault("an unexpected error; the gateway's log tells what it was")
     return _respond(request, fault, _style(request).status(fault))
 

@@ -72,6 +72,11 @@ class StageRequest:
         """The outputs that a later step or the client reads."""
         return frozenset(self._request.requested_output_names())
 
+    @cached_property
+    def id(self) -> str:
+        """What the client calls it, as the gateway does by its x-request-id."""
+        return self._request.request_id() or "without an id"
+
     def array(self, name: str) -> npt.NDArray[Any]:
         """An input as numpy, with its batch dimension; STRING elements are bytes."""
         return _to_host(self._input(name))
@@ -172,7 +177,7 @@ class Stage(ABC):
         except RequestError as error:
             return error
         except Exception:
-            logger.exception("a request failed")
+            logger.exception("request %s failed", request.id)
             return RequestError(
                 ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why"
             )
