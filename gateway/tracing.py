@@ -64,8 +64,8 @@ def begin(context: RequestContext) -> None:
     context.traceparent = f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}"
 
 
-def end(context: RequestContext) -> None:
-    """What is known of the request by now."""
+def describe(context: RequestContext) -> None:
+    """Puts what is known of the request into its span."""
     span = trace.get_current_span()
     if not span.is_recording():
         return

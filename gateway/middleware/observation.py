@@ -47,6 +47,8 @@ class Observation:
                     context.phases[SERIALISE] = now - context.answered_at
                 timing = header(context.phases, now - context.received_at)
                 MutableHeaders(scope=message)["Server-Timing"] = timing
+                # The span is over when the answer is.
+                tracing.describe(context)
             await send(message)
 
         try:
@@ -58,7 +60,6 @@ class Observation:
         finally:
             seconds = time.monotonic() - context.received_at
             count_request(context, status, seconds)
-            tracing.end(context)
             if self._has_access_log:
                 route = context.route or OTHER_ROUTE
                 logger.info(
