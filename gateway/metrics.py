@@ -8,6 +8,7 @@ PROMETHEUS_MULTIPROC_DIR names, and whichever worker is asked tells of all.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -182,11 +183,17 @@ def show_models(models: Mapping[str, str | None], *, is_server_up: bool) -> None
 def count_request(context: RequestContext, status: int, seconds: float) -> None:
     """One answered request, with its phases."""
     route, model = context.route or OTHER_ROUTE, context.model or NO_MODEL
-    REQUESTS.labels(route, model, status).inc()
-    REQUEST_DURATION.labels(route, model).observe(seconds)
+    _requests(route, model, status).inc()
+    _request_duration(route, model).observe(seconds)
     if context.model:
         for phase, duration in context.phases.items():
-            PHASE_DURATION.labels(phase, model).observe(duration)
+            _phase_duration(phase, model).observe(duration)
+
+
+# Looking a series up by its labels takes as long as adding to it.
+_requests = cache(REQUESTS.labels)
+_request_duration = cache(REQUEST_DURATION.labels)
+_phase_duration = cache(PHASE_DURATION.labels)
 
 
 def render(multiprocess_folder: Path | None) -> bytes:

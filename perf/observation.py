@@ -2,9 +2,9 @@
 
     .venv-test/bin/python perf/observation.py
 
-A tiny model, so that nothing hides the cost. A request to one and a request to the other take turns, so that
-both meet the same machine; `difference` is the median of what a pair differs by, with the bounds that hold it
-in 95 of 100 runs. Rows go to perf/results/observation.csv.
+A request to one and a request to the other take turns, so that both meet the same machine; `difference` is
+the median of what a pair differs by, with the bounds that hold it in 95 of 100 runs. Rows go to
+perf/results/observation.csv.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from recording import ROOT, append
+from server import MINILM
 
-from tests.support.checkpoints import sentence_transformer
 from tests.support.server import serve
 from triton_embeddings import models
 
@@ -30,17 +30,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", type=int, default=2000)
+    parser.add_argument("--checkpoint", default=MINILM)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        checkpoint = sentence_transformer(folder / "tiny", {"pooling_mode": "mean"})
         for entry in ("with", "without"):
-            models.add(folder / "models", str(checkpoint), entry, {"dtype": "float32", "task": "embed"})
+            models.add(folder / "models", given.checkpoint, entry, {"dtype": "float32", "task": "embed"})
         forget_times(folder / "models" / "without" / "config.pbtxt")
         command = (ROOT / ".venv" / "bin" / "triton-embeddings", "serve")
-        with serve(
-            folder / "output", "--model-repository", folder / "models", command=command
-        ) as serving:
+        with serve(folder / "output", "--model-repository", folder / "models", command=command) as serving:
             pairs = ask_in_turn(serving.url.removeprefix("http://"), given.pairs)
     differences = sorted(times - without for times, without in pairs)
     # Ranks between which the median is in 95 of 100 samples: the normal approximation of the binomial.
@@ -65,7 +63,9 @@ def main() -> None:
 def forget_times(config: Path) -> None:
     """Takes the times out of an ensemble, as one written by an earlier version."""
     text = re.sub(r"\noutput \{\n  name: \"\w+_times\"(?:\n  .*)*\n\}", "", config.read_text())
-    text = re.sub(r"\n    output_map \{\n      key: \"\w+_times\"\n      value: \"\w+_times\"\n    \}", "", text)
+    text = re.sub(
+        r"\n    output_map \{\n      key: \"\w+_times\"\n      value: \"\w+_times\"\n    \}", "", text
+    )
     assert "_times" not in text
     config.write_text(text)
 
