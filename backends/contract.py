@@ -27,6 +27,9 @@ request for the first ensemble, which has no image stage, the tokenizer gives th
 
 Answers of different length per item lie end to end in one row, beside the count of each item.
 
+`image_times`, `tokenizer_times` [1, 2] and `encoder_times` [1, 3] say when the stage had the request in its
+hands, in microseconds of the clock that all processes of the machine share (CLOCK_MONOTONIC).
+
 `n_tokens` and `truncated` ([n, 1]) repeat what the tokenizer knows under names that no later step reads: the
 server (2.51) refuses a request for some outputs of an ensemble when one of them also feeds a step.
 
@@ -78,6 +81,12 @@ TOKEN_TEXTS = "token_texts"
 TOKEN_SPANS = "token_spans"
 IS_SPECIAL = "is_special"
 DECODED = "decoded"
+IMAGE_TIMES = "image_times"
+"""int64 [1, 2]: when the request's images were begun, and done."""
+TOKENIZER_TIMES = "tokenizer_times"
+"""int64 [1, 2]: when the request's texts were begun, and done."""
+ENCODER_TIMES = "encoder_times"
+"""int64 [1, 3]: when the request came in, when its first pass began, and when its last one ended."""
 
 TOKEN_DTYPE = np.dtype("<i4")
 """How a list of token ids travels inside one element of `text` (see RequestParameter.TEXT_FORMAT)."""

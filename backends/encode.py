@@ -10,6 +10,7 @@ import torch
 from backends import shared_prefix
 from backends.forward import Forward, Segments
 from backends.ragged import Lengths, Ragged, cut_by_budget, positions
+from backends.tally import Tally
 from backends.vision import Seen
 from kernels.transfer import to_device
 
@@ -40,12 +41,14 @@ def encode(
     first_lengths: Lengths | None = None,
     rows: Lengths | None = None,
     seen: Seen | None = None,
+    tally: Tally | None = None,
 ) -> torch.Tensor:
     """hidden [t, h] of all sequences in the order in which they came, in passes of at most
     `max_batch_tokens`.
 
     With `rows` [r], ascending, of these tokens only: [r, h]. A sequence that is longer than a pass runs in
     one of its own. Padded, the padding counts. `input_ids` are on the host. `seen` is what stands for images.
+    Each pass is counted in `tally`.
     """
     ids = input_ids.values.numpy()
     count = len(ids) if rows is None else len(rows)
@@ -54,9 +57,9 @@ def encode(
     if rows is not None:
         slots[rows] = np.arange(count)
     if forward.shares_prefixes and key_lengths is None and first_lengths is None:
-        passes = _shared_passes(forward, input_ids, max_batch_tokens, seen)
+        passes = _shared_passes(forward, input_ids, max_batch_tokens, seen, tally)
     else:
-        passes = _passes(forward, input_ids, max_batch_tokens, key_lengths, first_lengths, seen)
+        passes = _passes(forward, input_ids, max_batch_tokens, key_lengths, first_lengths, seen, tally)
     hidden: torch.Tensor | None = None
     for out, tokens, sources in passes:
         if hidden is None:
@@ -88,6 +91,7 @@ def _passes(
     key_lengths: Lengths | None,
     first_lengths: Lengths | None,
     seen: Seen | None,
+    tally: Tally | None,
 ) -> _Passes:
     orders = cut_by_budget(
         input_ids.lengths, max_batch_tokens, ties=key_lengths, is_padded=not forward.is_packed
@@ -99,10 +103,15 @@ def _passes(
         firsts = None if first_lengths is None else first_lengths[order]
         values = to_device(input_ids.values[torch.from_numpy(tokens)], forward.device)
         images = None if seen is None else seen.of(tokens)
+        if tally is not None:
+            padding = 0 if forward.is_packed else int(len(order) * lengths.max() - lengths.sum())
+            tally.add_pass(len(tokens), padding=padding)
         yield forward(Ragged(values, lengths), keys, firsts, images=images), tokens, None
 
 
-def _shared_passes(forward: Forward, input_ids: Ragged, max_batch_tokens: int, seen: Seen | None) -> _Passes:
+def _shared_passes(
+    forward: Forward, input_ids: Ragged, max_batch_tokens: int, seen: Seen | None, tally: Tally | None
+) -> _Passes:
     names = input_ids.values.numpy()
     if seen is not None:
         # Two images have the same ids, and are not the same: no token of an image is like any other.
@@ -111,5 +120,7 @@ def _shared_passes(forward: Forward, input_ids: Ragged, max_batch_tokens: int, s
         values = to_device(input_ids.values[torch.from_numpy(one.row)], forward.device)
         segments = Segments(one.starts, one.prefixes) if one.shares else None
         images = None if seen is None else seen.of(one.row)
+        if tally is not None:
+            tally.add_pass(len(one.row), shared=len(one.tokens) - len(one.row))
         out = forward(Ragged(values, one.lengths), segments=segments, images=images)
         yield out, one.tokens, one.sources

@@ -16,6 +16,7 @@ from backends.mrope import mrope_positions
 from backends.options import ServingOptions
 from backends.ragged import Lengths, Ragged
 from backends.self_check import check_seeing
+from backends.tally import Tally
 from backends.two_towers import TwoTowers, end_rows
 from backends.vision import Images, Seen, Sees, see
 from kernels.transfer import to_device
@@ -23,6 +24,9 @@ from kernels.transfer import to_device
 
 class ImageEncoder(Protocol):
     """Texts and images -> hidden states."""
+
+    tally: Tally | None
+    """Set to have its passes counted."""
 
     def __call__(
         self, input_ids: Ragged, images: Images, dtype: torch.dtype, rows: Lengths | None
@@ -41,12 +45,15 @@ class Fused:
         self.tokens = tokens
         self.max_batch_tokens = max_batch_tokens
         self.has_axes = has_axes
+        self.tally: Tally | None = None
 
     def __call__(
         self, input_ids: Ragged, images: Images, dtype: torch.dtype, rows: Lengths | None
     ) -> torch.Tensor:
         seen = self._see(input_ids, images) if len(images.grids) else None
-        return encode(self.forward, input_ids, self.max_batch_tokens, dtype, rows=rows, seen=seen)
+        return encode(
+            self.forward, input_ids, self.max_batch_tokens, dtype, rows=rows, seen=seen, tally=self.tally
+        )
 
     def _see(self, input_ids: Ragged, images: Images) -> Seen:
         is_image = input_ids.values.numpy() == self.tokens.token
@@ -68,6 +75,7 @@ class Apart:
         self.model = cast(TwoTowers, forward.model)
         self.tokens = tokens
         self.max_batch_tokens = max_batch_tokens
+        self.tally: Tally | None = None
 
     def __call__(
         self, input_ids: Ragged, images: Images, dtype: torch.dtype, rows: Lengths | None
@@ -88,7 +96,8 @@ class Apart:
     def _read(self, texts: Ragged) -> torch.Tensor:
         own = next(self.model.parameters()).dtype
         ends = end_rows(texts, self.model.eos)
-        return self.model.project(encode(self.forward, texts, self.max_batch_tokens, own, rows=ends))
+        states = encode(self.forward, texts, self.max_batch_tokens, own, rows=ends, tally=self.tally)
+        return self.model.project(states)
 
 
 def choose_image_encoder(

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import sys
+import tempfile
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from gateway import log_format
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.connection import GuardedProtocol
 from gateway.keys import UnusableKeys
+from gateway.logs import configure
 from gateway.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+# prometheus-client reads it when it is imported.
+_METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
 # Files and connections that are no client's.
@@ -28,7 +33,7 @@ _OTHER_FILES = 128
 def application() -> FastAPI:
     """The application of one worker."""
     settings = Settings()
-    log_format.configure(settings.log_level)
+    configure(settings.log_level, settings.log_format)
     return create_app(settings)
 
 
@@ -39,7 +44,7 @@ def main() -> None:
         access = Access(settings)
     except (UnusableKeys, ValidationError) as error:
         sys.exit(f"error: {error}")
-    log_format.configure(settings.log_level)
+    configure(settings.log_level, settings.log_format)
     _allow_files(settings.max_connections + _OTHER_FILES)
     logger.info(
         "listening on %s:%d, inference server %s, %s",
@@ -48,6 +53,17 @@ def main() -> None:
         settings.server,
         "an API key is asked for" if access.asks_for_keys else "no API key is asked for",
     )
+    if settings.workers == 1:
+        os.environ.pop(_METRICS_FOLDER, None)
+        _run(settings)
+        return
+    with tempfile.TemporaryDirectory(prefix="triton-embeddings-metrics-") as folder:
+        # Workers are processes of their own, which find each other's numbers there.
+        os.environ[_METRICS_FOLDER] = folder
+        _run(settings)
+
+
+def _run(settings: Settings) -> None:
     uvicorn.run(
         "gateway.__main__:application",
         factory=True,
@@ -66,8 +82,9 @@ def server_options(settings: Settings) -> dict[str, Any]:
         "ws": "none",
         "ssl_certfile": settings.tls_cert_file,
         "ssl_keyfile": settings.tls_key_file,
-        # One line for each request costs a tenth of the throughput.
+        # One line for each request costs a tenth of the throughput; GATEWAY_ACCESS_LOG asks for ours.
         "access_log": False,
+        # Its loggers write as all others do.
         "log_config": None,
         "server_header": False,
         "timeout_graceful_shutdown": settings.drain_timeout_s,

@@ -45,6 +45,8 @@ class AdmissionLimits:
 class AdmissionState:
     """Of one model."""
 
+    model: str
+    """What clients call it."""
     lanes: Mapping[Lane, LaneState]
     in_flight_tokens: int
     tokens_per_s: float | None
@@ -162,6 +164,7 @@ class ModelQueue:
     def state(self) -> AdmissionState:
         """For metrics."""
         return AdmissionState(
+            self._name,
             {name: lane.state() for name, lane in self._lanes.items()},
             self._in_flight + self._express,
             self._throughput.tokens_per_s,

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
+from gateway import gauges, tracing
 from gateway.access import Access
 from gateway.catalog import Catalog
 from gateway.connection import LIMITS, ConnectionLimits
@@ -28,14 +29,16 @@ from gateway.error_bodies import ErrorStyle
 from gateway.errors import BadRequest, GatewayError, ServerFault, Unauthorized
 from gateway.images import ImageLoader
 from gateway.inference import GrpcInference, Inference
-from gateway.middleware.disconnect import Disconnect
 from gateway.lengths import BoundedInference
-from gateway.log_format import log_loop_error
+from gateway.logs import log_loop_error
 from gateway.middleware.api_keys import ApiKeys
 from gateway.middleware.cors import cors
+from gateway.middleware.disconnect import Disconnect
+from gateway.middleware.observation import Observation
 from gateway.middleware.refusals import Refusals
 from gateway.middleware.request_id import HEADER, RequestId
 from gateway.middleware.slow_bodies import SlowBodies
+from gateway.observed import Observed
 from gateway.readiness import Readiness
 from gateway.scoring import Scorer
 from gateway.settings import Settings
@@ -66,12 +69,13 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         asyncio.get_running_loop().set_exception_handler(log_loop_error)
         # Made here: the gRPC channel belongs to the event loop that runs now.
-        own = inference or GrpcInference(
+        server = inference or GrpcInference(
             settings.server,
             settings.request_timeout_s,
             settings.max_answer_bytes,
             settings.admission_limits,
         )
+        own = Observed(server)
         bounded = BoundedInference(own, settings.max_text_bytes, settings.max_prompt_bytes)
         catalog = Catalog(own)
         readiness = Readiness(own, catalog, settings.canary_interval_s, settings.patience_s)
@@ -82,19 +86,27 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         app.state.services = Services(
             settings, bounded, catalog, readiness, Vocabulary(own), scorer, calculator, images
         )
-        watch = asyncio.create_task(readiness.watch())
+        admission = server.admission if isinstance(server, GrpcInference) else None
+        watches = [
+            asyncio.create_task(readiness.watch()),
+            asyncio.create_task(gauges.watch(readiness, admission)),
+        ]
         # What lives by now lives for ever: without it, collections of old objects double the 99th percentile.
         # And what a request leaves behind has no cycles: a collection is seldom worth its while.
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
         yield {LIMITS: ConnectionLimits.of(settings)}
-        watch.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watch
+        for watch in watches:
+            watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watch
         calculator.shutdown(wait=False, cancel_futures=True)
         await images.close()
         await own.close()
+        if spans is not None:
+            await asyncio.to_thread(spans.shutdown)
 
+    spans = tracing.make_provider(settings.traces_url) if settings.traces_url else None
     # FastAPI's own /docs is blank on a machine without the internet: it takes its scripts from a CDN.
     app = FastAPIOffline(
         title="triton-embeddings",
@@ -102,6 +114,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         version=_VERSION,
         redoc_url=None,
         lifespan=lifespan,
+        telemetry=tracing.fastapi_options(spans),
     )
     for name, dialect in DIALECTS.items():
         app.include_router(dialect.router, tags=[name])
@@ -119,6 +132,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     app.add_middleware(Refusals, refuse=_answer_error)
     if settings.cors_origins:
         app.add_middleware(cors, origins=settings.cors_origins)
+    app.add_middleware(Observation, has_access_log=settings.access_log)
     app.add_middleware(RequestId)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
@@ -166,7 +180,7 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
 
 
 async def _answer_unknown(request: Request, error: Exception) -> Response:
-    logger.error("unexpected error on %s", request.url.path, exc_info=error)
+    logger.error("unexpected error", exc_info=error)
     fault = ServerFault("an unexpected error; the gateway's log tells what it was")
     return _respond(request, fault, _style(request).status(fault))
 

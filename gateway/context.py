@@ -7,9 +7,11 @@ hand it down.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class Lane(StrEnum):
@@ -17,6 +19,15 @@ class Lane(StrEnum):
 
     INTERACTIVE = "interactive"
     BULK = "bulk"
+
+
+@dataclass(frozen=True)
+class ServerRequest:
+    """One that the inference server has answered."""
+
+    ended: float
+    """time.monotonic()."""
+    phases: Mapping[str, float]
 
 
 @dataclass
@@ -39,7 +50,21 @@ class RequestContext:
     n_tokens: int = 0
     """Tokens that were computed for it, as far as its answer accounts for them."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Seconds that each phase took, as far as it is known by now."""
+    """Seconds that each phase took, as far as it is known by now; `gateway/phases.py` has their names."""
+    scope: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """ASGI's description of the request."""
+    model: str = ""
+    """The one that was asked, by the name that clients use; empty where none was."""
+    traceparent: str = ""
+    """W3C's name of the trace and the span that the request is; empty where it is not traced."""
+    answered_at: float | None = None
+    """time.monotonic() of the last answer of a model, put together."""
+    last_server_request: ServerRequest | None = None
+
+    @property
+    def route(self) -> str:
+        """The template of the path that it took, not the path; empty where it took none that is known."""
+        return getattr(self.scope.get("route"), "path", "")
 
 
 _current: ContextVar[RequestContext | None] = ContextVar("request_context", default=None)

@@ -19,10 +19,13 @@ from tritonclient.utils import InferenceServerException
 
 from backends.contract import (
     COUNT_OF,
+    ENCODER_TIMES,
+    IMAGE_TIMES,
     SPARSE_INDICES,
     SPARSE_WEIGHTS,
     TOKEN_EMBEDDINGS,
     TOKEN_VECTORS,
+    TOKENIZER_TIMES,
     ErrorCode,
     PipelineParameter,
     RequestParameter,
@@ -30,6 +33,7 @@ from backends.contract import (
     entry_name,
     multimodal_name,
 )
+from gateway import phases
 from gateway.admission import Admission, AdmissionLimits
 from gateway.batches import Answer, Array, Item, Part, cut, merge, size, tensors
 from gateway.context import current
@@ -157,6 +161,7 @@ class GrpcInference:
         is_large = is_large or any(part.has_images for part in parts)
         gate = asyncio.Semaphore(_LARGE_PARTS if is_large else len(parts))
         answered = 0
+        began = time.monotonic()
 
         async def infer_part(part: Part) -> dict[str, Array]:
             nonlocal answered
@@ -165,8 +170,13 @@ class GrpcInference:
                     raise _too_large(self._max_answer_bytes)
                 own = [items[i] for i in part.places]
                 model = _entry(pipeline, stage, has_images=part.has_images)
+                told = _times(pipeline, stage, has_images=part.has_images)
                 async with ticket.turn(part.tokens, part.size), self._turn(pipeline, stage, part):
-                    answer = await self._ask(pipeline, model, tensors(own, stage), asked, parameters)
+                    sent = time.monotonic()
+                    answer = await self._ask(
+                        pipeline, model, tensors(own, stage), [*asked, *told], parameters
+                    )
+                _record(began, sent, answer, stage)
                 answered += sum(array.nbytes * _JSON_WEIGHT.get(name, 1) for name, array in answer.items())
                 if answered > self._max_answer_bytes:
                     raise _too_large(self._max_answer_bytes)
@@ -229,10 +239,13 @@ class GrpcInference:
         assert task is not None
         waiting = self._waiting.setdefault(pipeline.name, set())
         waiting.add(task)
+        context = current()
         try:
             result = await self._client.infer(
                 model,
                 inputs,
+                request_id=context.request_id if context else "",
+                headers={"traceparent": context.traceparent} if context and context.traceparent else None,
                 outputs=[server_client.InferRequestedOutput(name) for name in outputs],
                 parameters=dict(parameters) or None,
                 client_timeout=self._timeout_s,
@@ -361,6 +374,24 @@ def _entry(pipeline: Pipeline, stage: str | None, *, has_images: bool) -> str:
     if stage is not None:
         return entry_name(pipeline.name, stage)
     return multimodal_name(pipeline.name) if has_images else pipeline.name
+
+
+def _times(pipeline: Pipeline, stage: str | None, *, has_images: bool) -> tuple[str, ...]:
+    """The outputs that say what a server request's time is spent on."""
+    if stage is not None or not pipeline.tells_times:
+        return ()
+    return (TOKENIZER_TIMES, ENCODER_TIMES, *((IMAGE_TIMES,) if has_images else ()))
+
+
+def _record(began: float, sent: float, answer: dict[str, Array], stage: str | None) -> None:
+    """Takes the times out of an answer, and adds them to the request's phases."""
+    received = time.monotonic()
+    told = {name: answer.pop(name) for name in phases.TIMES & answer.keys()}
+    if (context := current()) is None:
+        return
+    of_stage = {phases.TOKENISE if stage == "tokenizer" else phases.IMAGE: received - sent}
+    spent = of_stage if stage is not None else phases.read_times(told, sent, received)
+    phases.record(context, began, received, {phases.ADMISSION: sent - began, **spent})
 
 
 def _place(error: RefusedItem, part: Part) -> RefusedItem:

@@ -30,6 +30,7 @@ class LaneState:
     """Of one lane, now and since the start."""
 
     queued_tokens: int
+    max_queued_tokens: int
     queued_bytes: int
     queued_requests: int
     rejected: int
@@ -146,7 +147,9 @@ class LaneQueue:
 
     def state(self) -> LaneState:
         """For metrics."""
-        return LaneState(self.tokens, self.bytes, self.requests, self.rejected, self.expired)
+        return LaneState(
+            self.tokens, self.most_tokens, self.bytes, self.requests, self.rejected, self.expired
+        )
 
 
 class Ticket:

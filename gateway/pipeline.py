@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from backends.contract import PipelineParameter, Task
+from backends.contract import ENCODER_TIMES, PipelineParameter, Task
 
 # How the reference of a checkpoint of the hub begins, before its id and its commit.
 _HUB = "hub:"
@@ -59,6 +59,8 @@ class Pipeline:
     """Tokens that one image takes at most."""
     chat_template: str = ""
     """The name of the prompt that its items stand in."""
+    tells_times: bool = False
+    """Whether its stages tell when they had a request; entries of an earlier version do not."""
 
     @property
     def other_names(self) -> frozenset[str]:
@@ -102,4 +104,5 @@ def read_pipeline(config: Any) -> Pipeline:
         fuses=parameters.get(PipelineParameter.FUSES) == "true",
         max_image_tokens=int(parameters.get(PipelineParameter.MAX_IMAGE_TOKENS, 0)),
         chat_template=parameters.get(PipelineParameter.CHAT_TEMPLATE, ""),
+        tells_times=any(output.name == ENCODER_TIMES for output in config.output),
     )

@@ -12,6 +12,8 @@ from gateway.admission import AdmissionLimits
 from gateway.context import Lane
 from gateway.image_hosts import ImageHosts
 
+_TRACES = "/v1/traces"
+
 
 class Settings(BaseSettings):
     """Read once at start, never changed afterwards."""
@@ -107,6 +109,17 @@ class Settings(BaseSettings):
     patience_s: float = Field(60.0, gt=0)
     """How long a busy model may be silent before /ready doubts it; one that fails is told at once."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    access_log: bool = False
+    """One log line for each request, which costs throughput."""
+    server_metrics: str = ""
+    """host:port of each server's own metrics, with commas between them; /metrics tells them too."""
+    otlp_endpoint: str = ""
+    """URL of an OpenTelemetry collector that takes OTLP over HTTP, as http://localhost:4318; traces go to its
+    /v1/traces. Empty is off.
+    """
+    multiprocess_folder: Path | None = Field(None, validation_alias="PROMETHEUS_MULTIPROC_DIR")
+    """Where several workers keep the numbers for /metrics; made at start where there are several."""
     drain_timeout_s: int = Field(30, ge=1)
     """How long a stopping gateway waits for the requests that it has accepted."""
 
@@ -115,6 +128,25 @@ class Settings(BaseSettings):
     def _check_hosts(cls, text: str) -> str:
         ImageHosts.parse(text)
         return text
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, url: str) -> str:
+        if url and not url.startswith(("http://", "https://")):
+            raise ValueError(
+                "it should be a URL that begins with http:// or https://, such as http://localhost:4318"
+            )
+        return url.rstrip("/").removesuffix(_TRACES)
+
+    @property
+    def traces_url(self) -> str:
+        """Where spans go; empty where they go nowhere."""
+        return self.otlp_endpoint + _TRACES if self.otlp_endpoint else ""
+
+    @property
+    def metrics_servers(self) -> list[str]:
+        """host:port of each."""
+        return [server.strip() for server in self.server_metrics.split(",") if server.strip()]
 
     @property
     def admission_limits(self) -> AdmissionLimits:

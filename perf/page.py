@@ -85,6 +85,19 @@ def lines(name: str, who: str, x: str, value: str, panel: str | None = None) -> 
     save(figure, name)
 
 
+def over_time(name: str, who: str, x: str, value: str) -> None:
+    """A line for each `who`, over the time in x."""
+    rows = newest(name)
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for one in dict.fromkeys(row[who] for row in rows):
+        points = [row for row in rows if row[who] == one]
+        axes.plot([float(row[x]) for row in points], [float(row[value]) for row in points], label=one)
+    axes.set(xlabel=x, ylabel=value)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    save(figure, name)
+
+
 def save(figure: plt.Figure, name: str) -> None:
     FOLDER.mkdir(exist_ok=True)
     figure.savefig(FOLDER / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
@@ -97,7 +110,28 @@ PLOTS: dict[str, Callable[[str], None]] = {
     "length": lambda name: lines(name, "way", "case", "us/token"),
     "hybrid": lambda name: bars(name, "load", "tokens/s"),
     "rerank": lambda name: bars(name, "load", "pairs/s"),
+    "soak": lambda name: over_time(name, "process", "minute", "PSS MiB"),
 }
+
+
+def summary(name: str) -> str:
+    """Of a table of hundreds of rows what each process began and ended with."""
+    text = table(name)
+    rows = newest(name)
+    if not rows:
+        return text
+    said = text.splitlines()[:2]
+    head = ["| process | minutes | PSS MiB at first | least | most | at last |", "|---|---|---|---|---|---|"]
+    body = []
+    for one in dict.fromkeys(row["process"] for row in rows):
+        own = [row for row in rows if row["process"] == one]
+        sizes = [int(row["PSS MiB"]) for row in own]
+        ends = f"{sizes[0]} | {min(sizes)} | {max(sizes)} | {sizes[-1]}"
+        body.append(f"| {one} | {float(own[-1]['minute']):.0f} | {ends} |")
+    return "\n".join([*said, *head, *body])
+
+
+SUMMARIES = {"soak": summary}
 
 
 def block(match: re.Match[str]) -> str:
@@ -107,7 +141,8 @@ def block(match: re.Match[str]) -> str:
     if name in PLOTS and newest(name):
         PLOTS[name](name)
         plot = f"\n\n![{name}](plots/{name}.svg)"
-    return f"<!-- table: {name} -->\n{table(name)}{plot}\n<!-- end -->"
+    content = SUMMARIES.get(name, table)(name)
+    return f"<!-- table: {name} -->\n{content}{plot}\n<!-- end -->"
 
 
 def main() -> None:

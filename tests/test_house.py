@@ -59,15 +59,24 @@ def offenders(folder: str, forbidden: str, excepted: tuple[str, ...] = ()) -> li
         ("backends/families/", r"backends\.(heads|stages|repository)", ()),
         ("backends/heads/", r"backends\.(families|stages|repository)|transformers", ()),
         ("backends/repository/", r"torch|transformers|backends\.stages", ()),
-        ("backends/", "triton_python_backend_utils", ("backends/stages/base.py",)),
+        (
+            "backends/",
+            "triton_python_backend_utils",
+            ("backends/stages/base.py", "backends/stages/server_counters.py"),
+        ),
         ("backends/contract.py", r"(?!re$|re\.|enum|dataclasses|numpy|__future__).*", ()),
         ("backends/ragged.py", "backends", ()),
+        ("backends/tally.py", "backends|torch|numpy", ()),
         ("backends/options.py", r"backends\.(?!chat_prompt|contract|errors)", ()),
         ("backends/chat_prompt.py", "backends", ()),
         ("backends/checkpoint.py", r"backends\.(?!errors|json_file|model_config|weight_files)", ()),
         ("gateway/pipeline.py", "gateway", ()),
         ("gateway/batches.py", r"gateway\.(?!pipeline)", ()),
-        ("gateway/inference.py", r"gateway\.(?!admission|batches|context|errors|lane|pipeline|urgency)", ()),
+        (
+            "gateway/inference.py",
+            r"gateway\.(?!admission|batches|context|errors|lane|phases|pipeline|urgency)",
+            (),
+        ),
         ("gateway/admission.py", r"gateway\.(?!context|errors|lane|throughput)", ()),
         ("gateway/lane.py", r"gateway\.(?!context|places)", ()),
         ("gateway/urgency.py", r"fastapi|starlette|gateway\.(?!context|errors)", ()),
@@ -78,6 +87,13 @@ def offenders(folder: str, forbidden: str, excepted: tuple[str, ...] = ()) -> li
         ("gateway/budget.py", "gateway|backends", ()),
         ("gateway/catalog.py", r"gateway\.(?!context|errors|inference|pipeline)", ()),
         ("gateway/tasks.py", r"gateway\.(?!context|errors|inference|batches|pipeline)", ()),
+        ("gateway/phases.py", r"gateway\.(?!context)", ()),
+        ("gateway/metrics.py", r"gateway\.(?!context)", ()),
+        ("gateway/logs.py", r"gateway\.(?!context)", ()),
+        ("gateway/tracing.py", r"gateway\.(?!context)", ()),
+        ("gateway/observed.py", r"fastapi|starlette|gateway\.(endpoints|tasks|wire)", ()),
+        ("gateway/", "prometheus_client", ("gateway/metrics.py",)),
+        ("gateway/", "opentelemetry", ("gateway/tracing.py",)),
         ("gateway/quantization.py", r"gateway\.(?!batches)", ()),
         ("gateway/contents.py", r"gateway\.(?!errors|inputs)", ()),
         ("gateway/drafts.py", r"fastapi|starlette|gateway\.(endpoints|items|wire)", ()),
@@ -86,7 +102,8 @@ def offenders(folder: str, forbidden: str, excepted: tuple[str, ...] = ()) -> li
         ("gateway/image_hosts.py", "gateway|backends|aiohttp|yarl", ()),
         ("gateway/image_fetcher.py", r"gateway\.(?!errors|settings|image_hosts)", ()),
         ("gateway/images.py", r"gateway\.(?!errors|settings|image_fetcher)|aiohttp|yarl", ()),
-        ("gateway/", "aiohttp|yarl", ("gateway/image_fetcher.py",)),
+        ("gateway/", "aiohttp", ("gateway/image_fetcher.py", "gateway/server_metrics.py")),
+        ("gateway/", "yarl", ("gateway/image_fetcher.py",)),
         # The contract is all that the gateway knows of the other side, and torch stays out of its process.
         ("gateway/", r"torch|transformers|kernels|triton_embeddings|backends\.(?!contract)", ()),
         ("gateway/", "tritonclient|grpc", ("gateway/inference.py",)),
@@ -123,6 +140,13 @@ def test_small_processes_and_commands_stay_without_torch():
         assert done.stdout.strip() == "False", module
 
 
+def test_tracing_costs_nothing_where_it_is_off():
+    """The SDK takes half a second to import."""
+    code = "import sys, gateway.app; print([m for m in sys.modules if m.startswith('opentelemetry.sdk')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_families_and_endpoints_do_not_import_each_other():
     for folder, shared in (("backends/families", {"base"}), ("gateway/endpoints", {"dialect"})):
         modules = {p.stem for p in (ROOT / folder).glob("*.py")} - {"__init__"} - shared
@@ -138,8 +162,10 @@ def test_the_environment_is_read_by_the_settings_only():
         for f in SOURCES
         if "os.environ" in f.read_text() or "getenv" in f.read_text()
     ]
-    # The commands hand their own environment on to the processes that they start.
-    assert [r for r in readers if not r.startswith("scripts/")] == []
+    # The commands hand their own environment on to the processes that they start, and the gateway tells its
+    # workers where prometheus-client keeps their numbers.
+    starters = ("scripts/", "gateway/__main__.py")
+    assert [r for r in readers if not r.startswith(starters)] == []
 
 
 @pytest.mark.parametrize(
@@ -222,6 +248,7 @@ def test_every_import_is_declared():
     declared = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_") for line in project["dependencies"]}
     modules = {
         "google" if "protobuf" in declared else "",
+        "opentelemetry" if "opentelemetry_api" in declared else "",
         "PIL" if "pillow" in declared else "",
         "grpc",
         "starlette",

@@ -12,6 +12,7 @@ from backends.contract import (
     GRID,
     IMAGE,
     IMAGE_GRID,
+    IMAGE_TIMES,
     PATCHES,
     PipelineParameter,
     StageSpec,
@@ -21,6 +22,8 @@ from backends.errors import OptionError
 from backends.families.base import Family
 from backends.options import ServingOptions
 from backends.tokenization import TextTokenizer
+
+_TIMES = TensorSpec(IMAGE_TIMES, "INT64", (2,))
 
 
 def image_facts(checkpoint: Checkpoint, options: ServingOptions, family: Family) -> dict[str, str]:
@@ -107,6 +110,6 @@ def image_stage(reference: str, options: ServingOptions, seen: tuple[TensorSpec,
         stage="image",
         stage_class="backends.stages.image.ImageStage",
         inputs=(TensorSpec(IMAGE, "STRING", (-1,), True),),
-        outputs=(replace(patches, is_ragged=False), TensorSpec(IMAGE_GRID, "INT32", (-1, 3))),
+        outputs=(replace(patches, is_ragged=False), TensorSpec(IMAGE_GRID, "INT32", (-1, 3)), _TIMES),
         parameters={"checkpoint": reference, **options.to_parameters()},
     )

@@ -7,7 +7,15 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from backends.contract import IMAGE, PipelineSpec, StageSpec, TensorSpec, entry_name, multimodal_name
+from backends.contract import (
+    IMAGE,
+    IMAGE_TIMES,
+    PipelineSpec,
+    StageSpec,
+    TensorSpec,
+    entry_name,
+    multimodal_name,
+)
 
 _HEADER = "# Written by triton-embeddings; `triton-embeddings add` writes it anew.\n"
 # Whether the Python backend copies all inputs to the host before a stage sees them; "yes" if nobody says.
@@ -42,7 +50,7 @@ def ensemble_config(pipeline: PipelineSpec) -> str:
     """config.pbtxt of the ensemble that chains the stages: equal names are joined, unread outputs
     left out.
     """
-    config = _ensemble(pipeline, pipeline.name, pipeline.inputs, pipeline.stages)
+    config = _ensemble(pipeline, pipeline.name, pipeline.inputs, pipeline.outputs, pipeline.stages)
     _set_parameters(config, pipeline.parameters)
     return _text(config)
 
@@ -52,15 +60,21 @@ def multimodal_config(pipeline: PipelineSpec) -> str:
     assert pipeline.image_stage is not None
     inputs = (*pipeline.inputs, TensorSpec(IMAGE, "STRING", (-1,)))
     stages = (pipeline.image_stage, *pipeline.stages)
-    return _text(_ensemble(pipeline, multimodal_name(pipeline.name), inputs, stages))
+    times = (spec for spec in pipeline.image_stage.outputs if spec.name == IMAGE_TIMES)
+    outputs = (*pipeline.outputs, *times)
+    return _text(_ensemble(pipeline, multimodal_name(pipeline.name), inputs, outputs, stages))
 
 
 def _ensemble(
-    pipeline: PipelineSpec, name: str, inputs: tuple[TensorSpec, ...], stages: tuple[StageSpec, ...]
+    pipeline: PipelineSpec,
+    name: str,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    stages: tuple[StageSpec, ...],
 ) -> Any:
-    config = _config(name, pipeline.max_batch_size, inputs, pipeline.outputs)
+    config = _config(name, pipeline.max_batch_size, inputs, outputs)
     config.platform = "ensemble"
-    used = {spec.name for stage in stages for spec in stage.inputs} | {o.name for o in pipeline.outputs}
+    used = {spec.name for stage in stages for spec in stage.inputs} | {o.name for o in outputs}
     made = {spec.name for spec in inputs}
     for stage in stages:
         step = config.ensemble_scheduling.step.add(

@@ -9,6 +9,7 @@ from backends.checkpoint import NO_LIMIT, Checkpoint
 from backends.contract import (
     ACCOUNT_OUTPUTS,
     DECODED,
+    ENCODER_TIMES,
     FIRST_LENGTH,
     HIDDEN,
     IMAGE,
@@ -24,6 +25,7 @@ from backends.contract import (
     TEXT,
     TOKEN_SPANS,
     TOKEN_TEXTS,
+    TOKENIZER_TIMES,
     TRUNCATED,
     PipelineParameter,
     PipelineSpec,
@@ -93,7 +95,8 @@ def build_pipeline(
         *(_head(head, reference, checkpoint, options, heads) for head in heads if not options.fuse_heads),
     )
     outputs = _outputs(checkpoint, heads)
-    account = tuple(spec for spec in stages[0].outputs if spec.name in ACCOUNT_OUTPUTS)
+    told = (*ACCOUNT_OUTPUTS, TOKENIZER_TIMES, ENCODER_TIMES)
+    account = tuple(spec for stage in stages for spec in stage.outputs if spec.name in told)
     pipeline = PipelineSpec(
         name=name,
         max_batch_size=options.max_batch_size,
@@ -276,6 +279,7 @@ def _tokenizer(
             TensorSpec(FIRST_LENGTH, "INT32", (-1,)),
             TensorSpec(N_TOKENS, "INT32", (1,)),
             TensorSpec(TRUNCATED, "BOOL", (1,)),
+            TensorSpec(TOKENIZER_TIMES, "INT64", (2,)),
             # For who calls this entry directly.
             TensorSpec(TOKEN_TEXTS, "STRING", (-1,)),
             TensorSpec(TOKEN_SPANS, "INT32", (-1, 2)),
@@ -306,7 +310,7 @@ def _encoder(
         stage="encoder",
         stage_class="backends.stages.encoder.EncoderStage",
         inputs=(*(_ROWS[name] for name in names), *seen),
-        outputs=outputs,
+        outputs=(*outputs, TensorSpec(ENCODER_TIMES, "INT64", (3,))),
         parameters={"checkpoint": reference, "heads": ",".join(heads), **options.to_parameters()},
         device=options.device,
         instances=options.instances,

@@ -98,6 +98,11 @@ class StageRequest:
                 "clocks of several machines must agree)",
             )
 
+    @cached_property
+    def id(self) -> str:
+        """What the client calls it, as the gateway does by its x-request-id."""
+        return self._request.request_id() or "without an id"
+
     def array(self, name: str) -> npt.NDArray[Any]:
         """An input as numpy, with its batch dimension; STRING elements are bytes."""
         return _to_host(self._input(name))
@@ -207,7 +212,7 @@ class Stage(ABC):
         except RequestError as error:
             return error
         except Exception:
-            logger.exception("a request failed")
+            logger.exception("request %s failed", request.id)
             return RequestError(
                 ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why"
             )

@@ -18,7 +18,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from backends.contract import ErrorCode
+from backends.clock import now_us
+from backends.contract import ENCODER_TIMES, ErrorCode
 from backends.errors import RequestError
 from backends.stages.base import Answer, Stage, StageRequest, respond
 from backends.turns import Job, Piece, Turns, halve
@@ -35,6 +36,9 @@ class Work:
 
     request: StageRequest
     is_answered: bool = field(default=False, init=False)
+    came_us: int = field(default_factory=now_us, init=False)
+    begun_us: int = field(default=0, init=False)
+    done_us: int = field(default=0, init=False)
 
 
 W = TypeVar("W", bound=Work)
@@ -130,6 +134,8 @@ class ContinuousStage(Stage, Generic[W]):
 
     def _work(self, worker: int) -> None:
         while pieces := self._next(worker):
+            for piece in pieces:
+                piece.job.content.begun_us = piece.job.content.begun_us or now_us()
             self._compute(pieces)
             # Inputs live in the server's shared memory until nobody holds them.
             del pieces
@@ -214,6 +220,7 @@ class ContinuousStage(Stage, Generic[W]):
             with self._results:
                 answer = self.keep(piece, result)
             if answer is not None:
+                piece.job.content.done_us = now_us()
                 works.append(piece.job.content)
                 kept.append(answer)
         if works:
@@ -224,6 +231,9 @@ class ContinuousStage(Stage, Generic[W]):
         with self._results:
             is_late, work.is_answered = work.is_answered, True
         if not is_late:
+            if not isinstance(answer, RequestError):
+                times = np.array([[work.came_us, work.begun_us, work.done_us]], np.int64)
+                answer = {**answer, ENCODER_TIMES: times}
             respond(work.request, answer)
 
     def _compute_alone(self, job: Job[W]) -> None:
@@ -236,11 +246,12 @@ class ContinuousStage(Stage, Generic[W]):
             (result,) = self.compute([whole])
             kept = self.keep(whole, result)
             assert kept is not None
+            job.content.done_us = now_us()
             (answer,) = self.finish([job.content], [kept])
         except RequestError as error:
             answer = error
         except Exception as error:
-            logger.exception("a request failed")
+            logger.exception("request %s failed", job.content.request.id)
             if self.is_out_of_memory(error):
                 answer = _out_of_memory(int(job.lengths.sum()))
             else:

@@ -49,6 +49,8 @@ from backends.self_check import choose_forward
 from backends.stages.base import Answer, StageContext, StageRequest
 from backends.stages.continuous import ContinuousStage, Work
 from backends.stages.loaded_head import LoadedHead, Reading
+from backends.stages.server_counters import ServerCounters
+from backends.tally import Count, Tally
 from backends.turns import Job, Piece, Places, Turns
 from backends.vision import Images
 from backends.warm_up import warm_up
@@ -143,6 +145,9 @@ class EncoderStage(ContinuousStage[_Work]):
             logger.info("the heads %s run in this process", ", ".join(names))
         # Several threads compute; nobody knows whether a checkpoint's own code bears that.
         is_own = has_own_code(context.checkpoint)
+        self.tally = Tally()
+        if self.images is not None:
+            self.images.tally = self.tally
         self.turn_of_heads: AbstractContextManager[Any] = threading.Lock() if is_own else nullcontext()
         if self.device.type == "cuda":
             warm_up(plain, family.most_tokens(context.checkpoint))
@@ -160,8 +165,14 @@ class EncoderStage(ContinuousStage[_Work]):
             _way(self.forward),
             torch.get_num_threads(),
         )
+        name = options.served_model_name or context.name.rsplit(".", 1)[0]
+        self.counters = ServerCounters({"model": name}, self.tally)
         if causality is not None:
             logger.info("%s: %s", "causal" if causality.is_causal else "bidirectional", causality.reason)
+
+    def finalize(self) -> None:
+        super().finalize()
+        self.counters.stop()
 
     def prepare(self, worker: int, *, is_alone: bool) -> None:
         # torch keeps this number for each thread.
@@ -202,6 +213,7 @@ class EncoderStage(ContinuousStage[_Work]):
 
     def compute(self, pieces: Sequence[Piece[_Work]]) -> list[torch.Tensor]:
         """Hidden states [t, h] of each piece, or [n, h] where one token of each text is read."""
+        self.tally.add(Count.TURNS)
         works = [piece.job.content for piece in pieces]
         lengths = [piece.job.content.lengths(piece.places) for piece in pieces]
         tokens = _tokens(pieces)
@@ -214,7 +226,14 @@ class EncoderStage(ContinuousStage[_Work]):
                 keys = _of_texts([work.keys for work in works], pieces)
                 firsts = _of_texts([work.firsts for work in works], pieces)
                 hidden = encode(
-                    self.forward, tokens, self.max_batch_tokens, self.wire_dtype, keys, firsts, rows
+                    self.forward,
+                    tokens,
+                    self.max_batch_tokens,
+                    self.wire_dtype,
+                    keys,
+                    firsts,
+                    rows,
+                    tally=self.tally,
                 )
         sizes = [int(one.sum()) if rows is None else len(one) for one in lengths]
         return list(torch.split(hidden, sizes))

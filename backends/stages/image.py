@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from backends.contract import IMAGE, IMAGE_GRID, PATCHES
+from backends.clock import now_us
+from backends.contract import IMAGE, IMAGE_GRID, IMAGE_TIMES, PATCHES
 from backends.errors import CheckpointError, RequestError
 from backends.families import family_of
 from backends.grouping import neighbours
@@ -44,6 +45,7 @@ class ImageStage(Stage):
         return neighbours((request.array(IMAGE).size for request in batch), _IMAGES_AT_ONCE)
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
+        begun = now_us()
         files = [request.array(IMAGE) for request in batch]
         jobs = (
             (data, item, place, array.shape[1])
@@ -52,7 +54,10 @@ class ImageStage(Stage):
             for place, data in enumerate(row)
         )
         seen = iter(list(self.pool.map(self._see, jobs)))
-        return [_answer(array, [next(seen) for _ in range(array.size)], self.width) for array in files]
+        answers = [_answer(array, [next(seen) for _ in range(array.size)], self.width) for array in files]
+        # Images of all are read side by side: they are ready together.
+        times = np.array([[begun, now_us()]], np.int64)
+        return [a if isinstance(a, RequestError) else {**a, IMAGE_TIMES: times} for a in answers]
 
     def _see(self, job: tuple[bytes, int, int, int]) -> Seen | RequestError | None:
         """None where there is no image."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from backends.chat_prompt import CHAT_PROMPTS
 from backends.checkpoint import NO_LIMIT
+from backends.clock import now_us
 from backends.content_tokens import ContentTokenizer
 from backends.contract import (
     DECODED,
@@ -31,6 +32,7 @@ from backends.contract import (
     TEXT,
     TOKEN_SPANS,
     TOKEN_TEXTS,
+    TOKENIZER_TIMES,
     TRUNCATED,
     ErrorCode,
     RequestParameter,
@@ -92,7 +94,14 @@ class TokenizerStage(Stage):
         self.truncation = context.options.truncation
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
-        return [self._answer(request) for request in batch]
+        return [self._answer_timed(request) for request in batch]
+
+    def _answer_timed(self, request: StageRequest) -> Answer | RequestError:
+        begun = now_us()
+        answer = self._answer(request)
+        if isinstance(answer, RequestError):
+            return answer
+        return {**answer, TOKENIZER_TIMES: np.array([[begun, now_us()]], np.int64)}
 
     def _answer(self, request: StageRequest) -> Answer | RequestError:
         try:

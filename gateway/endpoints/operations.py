@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 
 from gateway.endpoints.dialect import Dialect, services
 from gateway.error_bodies import ErrorStyle
+from gateway.metrics import CONTENT_TYPE, render
+from gateway.server_metrics import fetch_all
 from gateway.wire import respond
 
 router = APIRouter()
@@ -38,6 +42,15 @@ async def ready(request: Request) -> Response:
     return respond(
         {"status": status, "reason": report.reason, "models": models}, 200 if report.is_ready else 503
     )
+
+
+@router.get("/metrics", summary="Numbers for Prometheus")
+async def metrics(request: Request) -> Response:
+    """The gateway's numbers, those of the models' stages, and the inference server's own (nv_*)."""
+    settings = services(request).settings
+    own = await asyncio.to_thread(render, settings.multiprocess_folder)
+    servers = await fetch_all(settings.metrics_servers)
+    return Response(own + servers, media_type=CONTENT_TYPE)
 
 
 DIALECT = Dialect(router, ErrorStyle(lambda error: {"error": error.message}))

@@ -29,7 +29,7 @@ class RequestId:
             return
         given = Headers(scope=scope).get(HEADER, "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        enter(RequestContext(request_id))
+        enter(RequestContext(request_id, scope=scope))
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -78,6 +78,7 @@ def launch(
             server.path,
             *server.arguments,
             *_server_arguments(repository, addresses, prefix),
+            *_trace_arguments(settings.traces_url),
         ]
         # Not in the checkout: the Python backend puts the working directory before the installed packages.
         triton = stop.watch_over(Child("tritonserver", command, server.environment, output, folder=state))
@@ -122,6 +123,20 @@ def _server_arguments(repository: Path, addresses: Addresses, shared_memory_pref
     ]
 
 
+def _trace_arguments(url: str) -> list[str]:
+    """The server traces what the gateway traces: with rate 0, only requests that come with a trace."""
+    if not url:
+        return []
+    settings = (
+        "mode=opentelemetry",
+        "rate=0",
+        "level=TIMESTAMPS",
+        f"opentelemetry,url={url}",
+        "opentelemetry,resource=service.name=triton-embeddings-server",
+    )
+    return [f"--trace-config={setting}" for setting in settings]
+
+
 def gateway_environment(
     addresses: Addresses, flags: Mapping[str, str], starter_key: str = ""
 ) -> dict[str, str]:
@@ -133,6 +148,7 @@ def gateway_environment(
         "GATEWAY_PORT": str(addresses.port),
         **({"GATEWAY_STARTER_KEY": starter_key} if starter_key else {}),
         "GATEWAY_SERVER": f"{LOOPBACK}:{addresses.grpc_port}",
+        "GATEWAY_SERVER_METRICS": f"{LOOPBACK}:{addresses.metrics_port}",
         "GATEWAY_LOG_LEVEL": os.environ.get("GATEWAY_LOG_LEVEL", "warning"),
     }
 

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from gateway.log_format import Formatter
+from gateway.logs import TextFormatter
 from tests.gateway.conftest import running
 from tests.support.fake_inference import KINDS, RERANKER, FakeInference
 
@@ -96,12 +96,12 @@ def test_an_exception_is_logged_without_what_somebody_sent(cause):
         _fail(cause)
     except KeyError as error:
         record.exc_info = (type(error), error, error.__traceback__)
-    told = Formatter(shows_texts=False).format(record)
+    told = TextFormatter(shows_texts=False).format(record)
     assert MARK not in told
     assert f"{type(cause).__name__}: (its text" in told
     assert "test_limits.py" in told, "where it happened is there"
     record.exc_text = None
-    assert MARK in Formatter(shows_texts=True).format(record)
+    assert MARK in TextFormatter(shows_texts=True).format(record)
 
 
 def test_an_exception_of_the_program_keeps_its_text():
@@ -110,4 +110,4 @@ def test_an_exception_of_the_program_keeps_its_text():
         None.missing  # noqa: B018
     except AttributeError as error:
         record.exc_info = (type(error), error, error.__traceback__)
-    assert "no attribute 'missing'" in Formatter(shows_texts=False).format(record)
+    assert "no attribute 'missing'" in TextFormatter(shows_texts=False).format(record)

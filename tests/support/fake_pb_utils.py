@@ -6,7 +6,7 @@ The real one runs in tests/server.
 import json
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -87,11 +87,44 @@ class Request:
         self.sent.append(response)
         self.is_sent.set()
 
+    id: str = ""
+
+    def request_id(self) -> str:
+        return self.id
+
     def parameters(self) -> str:
         return json.dumps(self.given)
 
     def requested_output_names(self) -> list[str]:
         return list(self.wanted)
+
+
+class Metric:
+    def __init__(self, labels: dict[str, str]) -> None:
+        self.labels = labels
+        self.value = 0.0
+
+    def increment(self, amount: float) -> None:
+        assert amount >= 0, "as the real one, of a counter"
+        self.value += amount
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+
+class MetricFamily:
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    made: ClassVar[dict[str, "MetricFamily"]] = {}
+
+    def __init__(self, name: str, description: str, kind: str) -> None:
+        self.name, self.kind = name, kind
+        self.metrics: list[Metric] = []
+        self.made[name] = self
+
+    def Metric(self, labels: dict[str, str]) -> Metric:
+        self.metrics.append(Metric(labels))
+        return self.metrics[-1]
 
 
 def get_input_tensor_by_name(request: Request, name: str) -> Tensor | None:

@@ -1,0 +1,23 @@
+"""Shows the state of things at /metrics, once a second: what changes all the time is not worth more."""
+
+from __future__ import annotations
+
+import asyncio
+
+from gateway import metrics
+from gateway.admission import Admission
+from gateway.readiness import Readiness
+
+_INTERVAL_S = 1.0
+
+
+async def watch(readiness: Readiness, admission: Admission | None) -> None:
+    """For ever. Without admission nothing is told of what waits."""
+    before: dict[str, metrics.Load] = {}
+    while True:
+        report = readiness.report()
+        metrics.show_models(report.models, is_server_up=report.reason is None)
+        for name, load in admission.states().items() if admission is not None else ():
+            metrics.show_load(load, before.get(name))
+            before[name] = load
+        await asyncio.sleep(_INTERVAL_S)
