@@ -177,7 +177,8 @@ async def test_a_short_query_beside_a_huge_list(serving, session, lane):
         f"takes as long as {waited[0]:.2f} budgets of them (90 %: {waited[1]:.2f}, at most {waited[2]:.2f}; "
         f"{len(latencies)} queries, {np.median(latencies) * 1000:.0f} ms)"
     )
-    assert waited[0] < 1.5
+    # Admission counts about two tokens where the encoder, whose turn is waited for, has one.
+    assert waited[0] < 2.5
 
 
 async def test_what_is_past_its_deadline_is_answered_504_and_not_computed(serving, session):
