@@ -94,11 +94,11 @@ def test_what_the_description_allows_and_what_it_does_not_is_answered(operation,
     async def send():
         async with running(FakeInference(MODELS)) as client:
             for case in cases:
-                known = {
-                    _SENT[name]: value for name, value in case.items() if name in _SENT and value is not None
-                }
+                known = {_SENT[k]: value for k, value in case.items() if k in _SENT and value is not None}
                 answer = await client.request(**known)
-                assert answer.status_code < 500, (known, answer.text[:300])
+                # /ready says with 503 that the models were not looked at yet.
+                is_told = operation.path == "/ready" and answer.status_code == 503
+                assert answer.status_code < 500 or is_told, (known, answer.text[:300])
 
     asyncio.run(send())
     assert no_traceback(caplog) == []

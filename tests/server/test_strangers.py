@@ -17,7 +17,7 @@ from gateway.settings import Settings
 from tests.support.fake_inference import FakeInference
 from tests.support.mutations import good_bodies, mutants
 from tests.support.oracle import ask
-from tests.support.server import COMMAND, serve
+from tests.support.server import COMMAND, serve, wait_until
 
 KEY = "sk-everything-here"
 FEW = "sk-another-model-only"
@@ -70,8 +70,8 @@ def test_clients_of_others_raise_their_own_errors(guarded):
     assert kinds == {
         "cohere": ["UnauthorizedError", "ForbiddenError", ""],
         "cohere_rerank": ["UnauthorizedError", "ForbiddenError", ""],
-        "voyage": ["AuthenticationError", "InvalidRequestError", ""],
-        "litellm": ["AuthenticationError", "PermissionDeniedError", ""],
+        "voyage": ["AuthenticationError", "APIError", ""],
+        "litellm": ["AuthenticationError", "APIError", ""],
         "huggingface": ["HfHubHTTPError", "HfHubHTTPError", ""],
     }, told
     for name in ("cohere", "cohere_rerank", "voyage", "litellm"):
@@ -110,12 +110,10 @@ def test_nothing_that_is_sent_stands_in_a_log(guarded, client):
     subprocess.run(["kill", "-9", str(encoder)], check=True)
     answer = client.post("/v1/embeddings", json={"input": MARK})
     assert answer.status_code in (200, 503)
-    told = logs(guarded)
-    assert MARK not in told
-    assert KEY not in told
-    assert "does not answer" in told or answer.status_code == 200, (
-        "else the log is not the one that is looked at"
-    )
+    # Else the logs are not those that would tell.
+    wait_until(lambda: "does not answer" in guarded.output.read_text(), "the gateway to tell of it")
+    assert MARK not in logs(guarded)
+    assert KEY not in logs(guarded)
 
 
 @pytest.fixture(scope="module")
