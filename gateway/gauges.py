@@ -11,11 +11,16 @@ from gateway.readiness import Readiness
 _INTERVAL_S = 1.0
 
 
+def show_models(readiness: Readiness) -> None:
+    """Of this worker, now."""
+    report = readiness.report()
+    metrics.show_models(report.models, is_server_up=report.reason is None)
+
+
 async def watch(readiness: Readiness, load: Load | None = None) -> None:
     """For ever. `load` is what admission knows, where there is one."""
     while True:
-        report = readiness.report()
-        metrics.show_models(report.models, is_server_up=report.reason is None)
+        show_models(readiness)
         if load is not None:
             metrics.show_load(load)
         await asyncio.sleep(_INTERVAL_S)
