@@ -11,12 +11,17 @@ from gateway.readiness import Readiness
 _INTERVAL_S = 1.0
 
 
+def show_models(readiness: Readiness) -> None:
+    """Of this worker, now."""
+    report = readiness.report()
+    metrics.show_models(report.models, is_server_up=report.reason is None)
+
+
 async def watch(readiness: Readiness, admission: Admission | None) -> None:
     """For ever. Without admission nothing is told of what waits."""
     before: dict[str, metrics.Load] = {}
     while True:
-        report = readiness.report()
-        metrics.show_models(report.models, is_server_up=report.reason is None)
+        show_models(readiness)
         for name, load in admission.states().items() if admission is not None else ():
             metrics.show_load(load, before.get(name))
             before[name] = load

@@ -7,6 +7,7 @@ PROMETHEUS_MULTIPROC_DIR names, and whichever worker is asked tells of all.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -132,6 +133,9 @@ EXPIRED_REQUESTS = Counter(
     ("lane", "model"),
     registry=_registry,
 )
+# prometheus-client's own name for the folder of several workers' numbers.
+_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+_shown_models: set[str] = set()
 _OF_LANES = (QUEUED_TOKENS, QUEUED_TOKENS_LIMIT, QUEUED_REQUESTS, REJECTED_REQUESTS, EXPIRED_REQUESTS)
 
 
@@ -179,6 +183,14 @@ def show_load(load: Load, before: Load | None) -> None:
 def show_models(models: Mapping[str, str | None], *, is_server_up: bool) -> None:
     """Sets what is known of each model: why it does not answer, or None."""
     SERVER_UP.set(is_server_up)
+    for gone in _shown_models - models.keys():
+        # Nobody waits for a model that was removed. The files of several workers keep what they once had.
+        if _MULTIPROCESS in os.environ:
+            MODEL_UP.labels(gone).set(True)
+        else:
+            MODEL_UP.remove(gone)
+    _shown_models.clear()
+    _shown_models.update(models)
     for name, reason in models.items():
         MODEL_UP.labels(name).set(reason is None)
         # A rate needs a first value: what never happened is 0, and not missing.

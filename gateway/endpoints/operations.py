@@ -9,6 +9,7 @@ from fastapi.responses import RedirectResponse
 
 from gateway.endpoints.dialect import Dialect, services
 from gateway.error_bodies import ErrorStyle
+from gateway.gauges import show_models
 from gateway.metrics import CONTENT_TYPE, render
 from gateway.server_metrics import fetch_all
 from gateway.wire import respond
@@ -48,6 +49,7 @@ async def ready(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """The gateway's numbers, those of the models' stages, and the inference server's own (nv_*)."""
     settings = services(request).settings
+    show_models(services(request).readiness)
     own = await asyncio.to_thread(render, settings.multiprocess_folder)
     servers = await fetch_all(settings.metrics_servers)
     return Response(own + servers, media_type=CONTENT_TYPE)

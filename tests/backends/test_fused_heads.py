@@ -108,7 +108,7 @@ def test_the_same_answers_as_heads_in_stages_of_their_own(tmp_path, make, task, 
     requests = [request(lengths, seed=i) for i, lengths in enumerate(LENGTHS)]
     fused, spec = start_entry(pipeline_of(path, task, fuse_heads=True, **options), "encoder")
     got = [values(answer) for answer in answers(fused, requests)]
-    made = {output.name for output in spec.outputs}
+    made = {output.name for output in spec.outputs} - {"encoder_times"}
     assert len(made) == names
     for ours, theirs in zip(got, unfused(path, task, requests, **options), strict=True):
         assert made <= set(ours)

@@ -49,6 +49,8 @@ def test_the_text_parses_back_to_what_was_meant(path):
         "token_ids",
         "n_tokens",
         "truncated",
+        "tokenizer_times",
+        "encoder_times",
     ]
     parameters = {name: value.string_value for name, value in ensemble.parameters.items()}
     assert parameters == {
@@ -111,7 +113,7 @@ def test_one_token_of_each_text_is_sent_where_no_head_reads_more(tmp_path, make,
     checkpoint = Checkpoint.read(make(tmp_path / "c"))
     pipeline = build_pipeline("c", str(tmp_path / "c"), checkpoint, ServingOptions(task=task))
     stages = {stage.stage: stage for stage in pipeline.stages}
-    assert [spec.name for spec in stages["encoder"].outputs] == [sent]
+    assert [spec.name for spec in stages["encoder"].outputs] == [sent, "encoder_times"]
     head = stages["logits"] if "logits" in stages else stages["dense"]
     names = [spec.name for spec in head.inputs]
     assert names == ([sent] if sent == "last_hidden" else [sent, "length"])
@@ -147,13 +149,14 @@ def test_fused_heads_are_outputs_of_the_encoder(tmp_path, make, task, read, made
     encoder = parse(stage_config(pipeline, stages(pipeline)["encoder"]))
     assert [tensor.name for tensor in encoder.input] == ["input_ids", "length", *read]
     assert all(tensor.allow_ragged_batch for tensor in encoder.input)
-    assert [tensor.name for tensor in encoder.output] == made
+    assert [tensor.name for tensor in encoder.output] == [*made, "encoder_times"]
     assert encoder.parameters["fuse_heads"].string_value == "true"
     ensemble = parse(ensemble_config(pipeline))
     steps = {step.model_name: step for step in ensemble.ensemble_scheduling.step}
     assert list(steps) == ["tiny.tokenizer", "tiny.encoder"]
-    assert dict(steps["tiny.encoder"].output_map) == {name: name for name in made}
-    assert [tensor.name for tensor in ensemble.output] == [*made, "n_tokens", "truncated"]
+    assert dict(steps["tiny.encoder"].output_map) == {name: name for name in (*made, "encoder_times")}
+    account = ["n_tokens", "truncated", "tokenizer_times", "encoder_times"]
+    assert [tensor.name for tensor in ensemble.output] == [*made, *account]
     plain = parse(ensemble_config(build(path, task=task)))
     own = {tensor.name: tensor for tensor in plain.output}
     assert all(tensor == own[tensor.name] for tensor in ensemble.output), "types and shapes are the same"
@@ -174,7 +177,7 @@ def test_a_model_of_images_is_fused_in_both_ensembles(tmp_path):
         "gme.tokenizer",
         "gme.encoder",
     ]
-    assert dict(second.ensemble_scheduling.step[2].output_map) == {"dense": "dense"}
+    assert set(second.ensemble_scheduling.step[2].output_map) == {"dense", "encoder_times"}
 
 
 def test_writing_again_with_fused_heads_takes_theirs_away_and_brings_them_back(tmp_path, path):
@@ -194,7 +197,8 @@ def test_unread_tensors_are_not_wired(path):
         step = parse(ensemble_config(pipeline)).ensemble_scheduling.step
         return set(step[0].output_map), set(step[2].input_map)
 
-    assert mapped(build(path)) == ({"input_ids", "length", "n_tokens", "truncated"}, {"hidden", "length"})
+    always = {"input_ids", "length", "n_tokens", "truncated", "tokenizer_times"}
+    assert mapped(build(path)) == (always, {"hidden", "length"})
     write_json(path / "1_Pooling" / "config.json", {**MEAN, "include_prompt": False})
     made, read = mapped(build(path))
     assert "prompt_length" in made
@@ -343,7 +347,7 @@ def test_a_model_of_texts_and_images_has_a_second_ensemble(tmp_path):
         "gme.dense",
     ]
     assert [spec.name for spec in second.input] == ["text", "image"]
-    assert [spec.name for spec in second.output] == [spec.name for spec in plain.output]
+    assert [spec.name for spec in second.output] == [*(spec.name for spec in plain.output), "image_times"]
     tokenizers = [
         step
         for config in (plain, second)

@@ -209,7 +209,7 @@ async def test_metrics_and_admin_ask_for_the_operators_key(guarded):
         for headers in ({}, BEARER):
             answer = await guarded.get(path, headers=headers)
             assert answer.status_code == 401, path
-            assert "GATEWAY_ADMIN_KEY" in answer.json()["error"]["message"]
+            assert "GATEWAY_ADMIN_KEY" in answer.text
         # Who has the key is let through to whatever is there.
         assert (await guarded.get(path, headers=own)).status_code in (200, 404)
 
@@ -217,12 +217,12 @@ async def test_metrics_and_admin_ask_for_the_operators_key(guarded):
 async def test_admin_is_off_without_a_key_and_metrics_are_for_this_machine(client):
     answer = await client.get("/admin/models")
     assert answer.status_code == 403
-    assert "switched off" in answer.json()["error"]["message"]
+    assert "switched off" in answer.text
     assert (await client.get("/metrics")).status_code != 403
     async with running(FakeInference(), host="0.0.0.0") as reachable:
         answer = await reachable.get("/metrics")
         assert answer.status_code == 403
-        assert "GATEWAY_METRICS=true" in answer.json()["error"]["message"]
+        assert "GATEWAY_METRICS=true" in answer.text
     async with running(FakeInference(), host="0.0.0.0", metrics=True) as shown:
         assert (await shown.get("/metrics")).status_code != 403
     async with running(FakeInference(), metrics=False) as hidden:
