@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import uvicorn
 from fastapi import FastAPI
 
+from gateway import http_server
 from gateway.app import create_app
 from gateway.settings import Settings
 
@@ -31,7 +33,15 @@ def main() -> None:
     settings = Settings()
     _log(settings)
     logger.info("listening on %s:%d, inference server %s", settings.host, settings.port, settings.server)
-    uvicorn.run(
+    try:
+        listener = http_server.listen(settings.host, settings.port, is_shared=settings.reuse_port)
+    except OSError as error:
+        sys.exit(
+            f"error: port {settings.port} on {settings.host} cannot be used ({error.strerror or error}); stop "
+            "what listens there, or give another with GATEWAY_PORT (two gateways share one where both have "
+            "GATEWAY_REUSE_PORT=true)"
+        )
+    config = uvicorn.Config(
         "gateway.__main__:application",
         factory=True,
         workers=settings.workers,
@@ -45,6 +55,8 @@ def main() -> None:
         server_header=False,
         timeout_graceful_shutdown=settings.drain_timeout_s,
     )
+    if not http_server.run(config, listener):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from starlette.routing import Match
 
 from gateway.catalog import Catalog
 from gateway.context import current
+from gateway.drain import Drain, Draining
 from gateway.endpoints import DEFAULT_DIALECT, DIALECTS
 from gateway.endpoints.dialect import Services
 from gateway.error_bodies import ErrorStyle
@@ -29,6 +30,7 @@ from gateway.middleware.request_id import HEADER, RequestId
 from gateway.readiness import Readiness
 from gateway.scoring import Scorer
 from gateway.settings import Settings
+from gateway.stage_watch import StageWatch
 from gateway.vocabulary import Vocabulary
 from gateway.wire import respond
 
@@ -48,14 +50,27 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     Tests give an inference of their own; else the server that the settings name is used.
     """
 
+    drain = Drain()
+
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Drain]]:
         # Made here: the gRPC channel belongs to the event loop that runs now.
         own = inference or GrpcInference(
-            settings.server, settings.request_timeout_s, settings.max_answer_bytes
+            settings.server,
+            settings.request_timeout_s,
+            settings.max_answer_bytes,
+            settings.repair_wait_s,
         )
         catalog = Catalog(own)
-        readiness = Readiness(own, catalog, settings.canary_interval_s, settings.patience_s)
+        stages = _watch_stages(own, catalog, settings) if isinstance(own, GrpcInference) else None
+        readiness = Readiness(
+            own,
+            catalog,
+            settings.canary_interval_s,
+            settings.patience_s,
+            stages.fault if stages else lambda pipeline: None,
+            drain,
+        )
         # One thread: a request with much to compare must not take the processor from all others.
         calculator = ThreadPoolExecutor(1, "calculator")
         scorer = Scorer(own, catalog, calculator, settings.max_products)
@@ -63,15 +78,18 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         app.state.services = Services(
             settings, own, catalog, readiness, Vocabulary(own), scorer, calculator, images
         )
-        watch = asyncio.create_task(readiness.watch())
+        watches = [asyncio.create_task(readiness.watch())]
+        if stages is not None:
+            watches.append(asyncio.create_task(stages.run()))
         # What lives by now lives for ever: without it, collections of old objects double the 99th percentile.
         # And what a request leaves behind has no cycles: a collection is seldom worth its while.
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
-        yield
-        watch.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watch
+        # uvicorn's part of the end, http_server.py, finds it there.
+        yield {"drain": drain}
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
         calculator.shutdown(wait=False, cancel_futures=True)
         await images.close()
         await own.close()
@@ -87,12 +105,24 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     for name, dialect in DIALECTS.items():
         app.include_router(dialect.router, tags=[name])
     # The last one added is the first that a request passes.
+    app.add_middleware(Draining, drain, _answer_error)
     app.add_middleware(RequestId)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_unknown)
     return app
+
+
+def _watch_stages(inference: GrpcInference, catalog: Catalog, settings: Settings) -> StageWatch:
+    return StageWatch(
+        inference.servers,
+        catalog,
+        inference.availability,
+        interval_s=settings.ping_interval_s,
+        hang_timeout_s=settings.hang_timeout_s,
+        patience_s=settings.patience_s,
+    )
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

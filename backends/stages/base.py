@@ -21,7 +21,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from backends.checkpoint import Checkpoint
-from backends.contract import ErrorCode, StageFailure
+from backends.contract import ErrorCode, RequestParameter, StageFailure
 from backends.errors import BackendError, RequestError
 from backends.options import ServingOptions
 from backends.source import resolve
@@ -71,6 +71,11 @@ class StageRequest:
     def wanted(self) -> frozenset[str]:
         """The outputs that a later step or the client reads."""
         return frozenset(self._request.requested_output_names())
+
+    @property
+    def is_ping(self) -> bool:
+        """Whether it only asks if anybody is there."""
+        return bool(self.parameters.get(RequestParameter.PING))
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """An input as numpy, with its batch dimension; STRING elements are bytes."""
@@ -145,15 +150,21 @@ class Stage(ABC):
         Answers of all groups but the last are sent while the batch still runs, so that their memory is free
         and the next stage begins; None stands in their place (server 2.51).
         """
-        batch = [StageRequest(request) for request in requests]
-        responses: list[Any] = [None] * len(batch)
-        groups = self.cut(batch)
+        responses: list[Any] = [None] * len(requests)
+        batch, places = [], []
+        for place, request in enumerate(map(StageRequest, requests)):
+            if request.is_ping:
+                respond(request, {})
+            else:
+                batch.append(request)
+                places.append(place)
+        groups = self.cut(batch) if batch else []
         for group in groups:
             answers = self._run_group([batch[i] for i in group])
             for i, answer in zip(group, answers, strict=True):
                 response = _response(batch[i], answer)
                 if group is groups[-1]:
-                    responses[i] = response
+                    responses[places[i]] = response
                 else:
                     batch[i].send(response)
             del answers, answer, response

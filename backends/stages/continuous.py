@@ -93,6 +93,9 @@ class ContinuousStage(Stage, Generic[W]):
         """Called by the server with the requests of one batch, which are answered later."""
         for one in requests:
             request = StageRequest(one)
+            if request.is_ping:
+                respond(request, {})
+                continue
             try:
                 job = self.admit(request)
             except RequestError as error:

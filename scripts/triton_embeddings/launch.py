@@ -104,6 +104,9 @@ def _server_arguments(repository: Path, addresses: Addresses, shared_memory_pref
         f"--grpc-port={addresses.grpc_port}",
         f"--metrics-address={LOOPBACK}",
         f"--metrics-port={addresses.metrics_port}",
+        # Without it every process of a stage is started twice, at first to ask it for its configuration,
+        # which ours have whole: half of the time of a start, and of a repair.
+        "--disable-auto-complete-config",
         f"--exit-timeout-secs={_SERVER_EXIT_TIMEOUT_S}",
         f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix}",
     ]
