@@ -309,6 +309,8 @@ class PipelineSpec:
     """What had to be guessed of the checkpoint, for the person who serves it."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Why it has each of its heads, by the head's name."""
+    generation: int = 1
+    """Of its entries; see entry_name."""
 
 
 def entry_name(pipeline: str, stage: str, generation: int = 1) -> str:

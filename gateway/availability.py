@@ -29,8 +29,8 @@ class Availability:
 
     wait_s: float
     """How long after a loss requests still wait for the model."""
-    on_loss: Callable[[str, str], None] = lambda address, model: None
-    """Called with address and model at every sign of a loss."""
+    on_loss: list[Callable[[str, str, bool], None]] = field(default_factory=list)
+    """Called at every sign of a loss with address, model, and whether it is the first sign."""
     _losses: dict[tuple[str, str], Loss] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -39,7 +39,8 @@ class Availability:
         now = time.monotonic()
         before = self._losses.get((address, model))
         self._losses[address, model] = Loss(reason, before.since if before else now, now)
-        self.on_loss(address, model)
+        for tell in self.on_loss:
+            tell(address, model, before is None)
         self._tell()
 
     def regain(self, address: str, model: str) -> None:
@@ -56,9 +57,7 @@ class Availability:
         """None where it answers, as far as is known."""
         return self._losses.get((address, model))
 
-    async def usable(
-        self, model: str, addresses: Sequence[str], deadline: float | None = None
-    ) -> list[str]:
+    async def usable(self, model: str, addresses: Sequence[str], deadline: float | None = None) -> list[str]:
         """The servers where the model answers, as soon as there are any; none when it was lost everywhere
         for longer than requests wait, or at the deadline, a time.monotonic().
         """

@@ -126,6 +126,9 @@ class ModelLost(Unavailable):
     be reached. The request itself did no harm, and may be sent again.
     """
 
+    is_unloaded = False
+    """Whether the server said that it has no such entry: it may have another in its place."""
+
 
 class TimedOut(ServerFault):
     """The inference server did not answer in time."""

@@ -99,7 +99,7 @@ class GrpcInference:
         `repair_wait_s` after its loss.
         """
         self.servers = [InferenceServer(address.strip()) for address in addresses.split(",")]
-        self.availability = Availability(repair_wait_s, self._tell)
+        self.availability = Availability(repair_wait_s, [self._tell])
         self._timeout_s = timeout_s
         self._max_answer_bytes = max_answer_bytes
         self._last_success: dict[str, float] = {}
@@ -191,17 +191,19 @@ class GrpcInference:
             try:
                 return await self._send(server, pipeline, model, given, outputs, parameters)
             except ModelLost as error:
-                newest = await self._newest(pipeline) if model in pipeline.steps else pipeline
-                if newest.steps != pipeline.steps:
-                    # It was replaced while it served: that entry is gone for good, and another has its place.
-                    pipeline, model = newest, newest.entry(stage_of(pipeline.name, model))
-                else:
+                newest = await self._newest(pipeline) if error.is_unloaded else pipeline
+                if newest.steps == pipeline.steps:
                     self.availability.lose(server.address, pipeline.name, error.message)
+                else:
+                    # It was replaced while it served, and the entries that this one knew are gone for good.
+                    model = newest.entry(stage_of(pipeline.name, model)) if model in pipeline.steps else model
+                    pipeline = newest
                 if attempt == _ATTEMPTS:
                     raise
         raise AssertionError("not reached")
 
     async def _newest(self, pipeline: Pipeline) -> Pipeline:
+        """The model as the server describes it now."""
         with contextlib.suppress(GatewayError):
             await self.pipelines()
         return self._known.get(pipeline.name, pipeline)
@@ -258,7 +260,7 @@ class GrpcInference:
         self._last_success[model] = time.monotonic()
         return {name: result.as_numpy(name) for name in outputs}
 
-    def _tell(self, address: str, model: str) -> None:
+    def _tell(self, address: str, model: str, is_first: bool) -> None:
         """Ends the wait for a process that died: what it had taken in is answered by nobody (server 2.51)."""
         for task in self._waiting.get((address, model), set()) - self._told:
             self._told.add(task)
@@ -298,7 +300,9 @@ class GrpcInference:
         if status == _status(grpc.StatusCode.NOT_FOUND) or (
             status == _status(grpc.StatusCode.UNAVAILABLE) and NOT_LOADED.search(message)
         ):
-            return ModelLost(f"the model {subject} is not loaded at the moment; try again in a while")
+            lost = ModelLost(f"the model {subject} is not loaded at the moment; try again in a while")
+            lost.is_unloaded = True
+            return lost
         if status == _status(grpc.StatusCode.UNAVAILABLE):
             logger.debug("%s: %s", subject, message)
             return ModelLost("the inference server cannot be reached at the moment; try again in a while")

@@ -78,6 +78,7 @@ class StageWatch:
         self._repairs = Repairs()
         self._watched: dict[tuple[str, str], _Watched] = {}
         self._alarm = asyncio.Event()
+        availability.on_loss.append(lambda address, model, is_first: is_first and self.alarm())
 
     def alarm(self) -> None:
         """Somebody met a fault: all stages are asked at once."""

@@ -1,4 +1,6 @@
-"""Starts the server and the gateway, waits until a real inference has answered, and stops both in order."""
+"""Starts the server and the gateway, waits until a real inference has answered, starts again what dies after
+that, and stops both in order.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ from rich.table import Table
 
 from triton_embeddings.addresses import LOOPBACK, Addresses
 from triton_embeddings.errors import CommandError
+from triton_embeddings.live import note_repository
 from triton_embeddings.preflight import check_packages, check_paths, read_gateway_settings
 from triton_embeddings.process import Child, Stop
 from triton_embeddings.server_binary import find_server, state_directory
 from triton_embeddings.server_log import explain_exit
+from triton_embeddings.supervisor import Supervised
 
 _POLL_INTERVAL_S = 0.1
 # The gateway is drained by then. Server 2.51 always waits this long when a process of a model died.
@@ -45,7 +49,8 @@ _SHARED_MEMORY = Path("/dev/shm")
 def launch(
     repository: Path, addresses: Addresses, console: Console, stop: Stop, flags: Mapping[str, str]
 ) -> None:
-    """Serves until it is told to stop. Raises CommandError when something does not start, or dies.
+    """Serves until it is told to stop. Raises CommandError when something does not start, or dies again and
+    again.
 
     `flags` are settings of the gateway that stand on the command line, by the names that they have in
     `gateway/settings.py`.
@@ -62,6 +67,8 @@ def launch(
     prefix = f"triton_embeddings_{os.getpid()}_"
     with ExitStack() as stack:
         stack.callback(_clear_shared_memory, prefix)
+        note = note_repository(addresses.grpc_port, repository)
+        stack.callback(note.unlink, missing_ok=True)
         output = stack.enter_context(log.open("wb"))
         command: list[str | Path] = [
             server.path,
@@ -69,21 +76,30 @@ def launch(
             *_server_arguments(repository, addresses, prefix),
         ]
         # Not in the checkout: the Python backend puts the working directory before the installed packages.
-        triton = stop.watch_over(Child("tritonserver", command, server.environment, output, folder=state))
+        triton = Supervised(
+            lambda: Child("tritonserver", command, server.environment, output, folder=state),
+            stop,
+            lambda child: _explain(child, log),
+            lambda: _clear_shared_memory(prefix),
+        )
         stack.callback(triton.stop, _SERVER_EXIT_TIMEOUT_S + 5)
         gateway_command = [sys.executable, "-m", "gateway"]
-        gateway = stop.watch_over(
-            Child("gateway", gateway_command, gateway_environment(addresses, flags), folder=state)
+        gateway = Supervised(
+            lambda: Child("gateway", gateway_command, gateway_environment(addresses, flags), folder=state),
+            stop,
+            lambda child: _explain(child, log),
         )
         # Entered last, so left first: the gateway finishes its requests while the server still answers them.
         stack.callback(gateway.stop, settings.drain_timeout_s + 5)
         started = time.monotonic()
         with console.status("loading the models") if console.is_terminal else nullcontext():
-            is_ready = _wait_until_ready(addresses, (triton, gateway), log, stop)
+            is_ready = _wait_until_ready(addresses, (triton.child, gateway.child), log, stop)
         if is_ready:
             console.print(f"loaded in {time.monotonic() - started:.1f} s")
             _introduce(console, addresses, log)
-            _wait_for_the_end((triton, gateway), log, stop)
+            while not stop.wait(_POLL_INTERVAL_S):
+                triton.look()
+                gateway.look()
         console.print(
             "stopping: the gateway finishes its requests, then the server ends (Ctrl-C again: at once)",
             soft_wrap=True,
@@ -120,6 +136,8 @@ def gateway_environment(addresses: Addresses, flags: Mapping[str, str]) -> dict[
         "GATEWAY_HOST": addresses.host,
         "GATEWAY_PORT": str(addresses.port),
         "GATEWAY_SERVER": f"{LOOPBACK}:{addresses.grpc_port}",
+        # A second gateway may take over.
+        "GATEWAY_REUSE_PORT": "true",
         "GATEWAY_LOG_LEVEL": os.environ.get("GATEWAY_LOG_LEVEL", "warning"),
     }
 
@@ -148,15 +166,15 @@ def _wait_until_ready(addresses: Addresses, children: Sequence[Child], log: Path
     raise CommandError(f"the models did not answer within {_START_TIMEOUT_S} s; the server's log is {log}")
 
 
-def _wait_for_the_end(children: Sequence[Child], log: Path, stop: Stop) -> None:
-    while not stop.wait(_POLL_INTERVAL_S):
-        _check_alive(children, log)
-
-
 def _check_alive(children: Sequence[Child], log: Path) -> None:
     for child in children:
         if child.exit_code is not None:
-            raise CommandError(explain_exit(child.name, child.exit_code, log))
+            raise CommandError(_explain(child, log))
+
+
+def _explain(child: Child, log: Path) -> str:
+    assert child.exit_code is not None
+    return explain_exit(child.name, child.exit_code, log)
 
 
 def _get(addresses: Addresses, path: str) -> tuple[int, dict[str, Any]]:

@@ -14,7 +14,7 @@ from tests.support.server import serve
 from triton_embeddings import models
 
 # Machines are noisy: what is measured is printed, and these are far above it.
-RECOVERY_S = 120
+RECOVERY_S = 240
 NOTICE_S = 20
 STAGES = ("tokenizer", "encoder", "dense", "sparse", "colbert", "tokens")
 
@@ -25,7 +25,13 @@ def faulty(tmp_path_factory, kinds):
     folder = tmp_path_factory.mktemp("faults")
     models.add(folder / "models", str(kinds / "bge-m3"), "m3", {"dtype": "float32", "max_length": 512})
     models.add(folder / "models", str(kinds / "bge-m3"), "tokens", {"dtype": "float32", "task": "tokens"})
-    with serve(folder / "output", "--model-repository", folder / "models") as running:
+    with serve(
+        folder / "output",
+        "--model-repository",
+        folder / "models",
+        # Longer than a busy machine takes to load a stage.
+        GATEWAY_REPAIR_WAIT_S=str(RECOVERY_S),
+    ) as running:
         yield running
 
 
