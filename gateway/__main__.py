@@ -37,9 +37,9 @@ def main() -> None:
         listener = http_server.listen(settings.host, settings.port, is_shared=settings.reuse_port)
     except OSError as error:
         sys.exit(
-            f"error: port {settings.port} on {settings.host} cannot be used ({error.strerror or error}); stop "
-            "what listens there, or give another with GATEWAY_PORT (two gateways share one where both have "
-            "GATEWAY_REUSE_PORT=true)"
+            f"error: port {settings.port} on {settings.host} cannot be used ({error.strerror or error}); "
+            "stop what listens there, or give another with GATEWAY_PORT (two gateways share one where both "
+            "have GATEWAY_REUSE_PORT=true)"
         )
     config = uvicorn.Config(
         "gateway.__main__:application",

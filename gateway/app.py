@@ -20,7 +20,7 @@ from starlette.routing import Match
 from gateway.catalog import Catalog
 from gateway.context import current
 from gateway.drain import Drain, Draining
-from gateway.endpoints import DEFAULT_DIALECT, DIALECTS
+from gateway.endpoints import ADMIN, DEFAULT_DIALECT, DIALECTS
 from gateway.endpoints.dialect import Services
 from gateway.error_bodies import ErrorStyle
 from gateway.errors import BadRequest, GatewayError, ServerFault
@@ -56,7 +56,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Drain]]:
         # Made here: the gRPC channel belongs to the event loop that runs now.
         own = inference or GrpcInference(
-            settings.server,
+            settings.servers,
             settings.request_timeout_s,
             settings.max_answer_bytes,
             settings.repair_wait_s,
@@ -103,7 +103,8 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         lifespan=lifespan,
     )
     for name, dialect in DIALECTS.items():
-        app.include_router(dialect.router, tags=[name])
+        if name != ADMIN or settings.admin:
+            app.include_router(dialect.router, tags=[name])
     # The last one added is the first that a request passes.
     app.add_middleware(Draining, drain, _answer_error)
     app.add_middleware(RequestId)

@@ -38,7 +38,6 @@ from gateway.errors import (
     RefusedItem,
     ServerFault,
     TimedOut,
-    Unavailable,
 )
 from gateway.inference_server import DEAD_STUB, NOT_LOADED, InferenceServer
 from gateway.pipeline import Pipeline
@@ -93,12 +92,12 @@ class GrpcInference:
     """Inference over the gRPC interface of one server, or of several that serve the same."""
 
     def __init__(
-        self, addresses: str, timeout_s: float, max_answer_bytes: int, repair_wait_s: float = 0.0
+        self, addresses: Sequence[str], timeout_s: float, max_answer_bytes: int, repair_wait_s: float = 0.0
     ) -> None:
-        """`addresses`: host:port, separated by commas. Requests wait for a model that was lost until
+        """`addresses`: host:port of each server. Requests wait for a model that was lost until
         `repair_wait_s` after its loss.
         """
-        self.servers = [InferenceServer(address.strip()) for address in addresses.split(",")]
+        self.servers = [InferenceServer(address) for address in addresses]
         self.availability = Availability(repair_wait_s, [self._tell])
         self._timeout_s = timeout_s
         self._max_answer_bytes = max_answer_bytes

@@ -80,7 +80,7 @@ class Pipeline:
 
 
 def read_pipeline(config: Any, others: Iterable[Any] = ()) -> Pipeline:
-    """The server's ModelConfig of a pipeline's ensemble, and of others over the same stages -> what it says."""
+    """The server's ModelConfig of a pipeline's ensemble, and of others over its stages -> what it says."""
     steps = (step.model_name for one in (config, *others) for step in one.ensemble_scheduling.step)
     parameters = {name: value.string_value for name, value in config.parameters.items()}
     dimensions = parameters.get(PipelineParameter.DIMENSIONS)

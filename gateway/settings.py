@@ -58,6 +58,10 @@ class Settings(BaseSettings):
     """How often a model without traffic is asked whether it still answers."""
     patience_s: float = Field(60.0, gt=0)
     """How long a busy model may be silent before /ready doubts it; one that fails is told at once."""
+    admin: bool = False
+    """Whether models can be added, replaced and removed over HTTP (/admin/models): by everybody who can reach
+    the gateway.
+    """
     ping_interval_s: float = Field(0.5, gt=0)
     """How often every stage of every model is asked whether its process is there."""
     hang_timeout_s: float = Field(2.0, gt=0)
@@ -75,6 +79,22 @@ class Settings(BaseSettings):
     def _check_hosts(cls, text: str) -> str:
         ImageHosts.parse(text)
         return text
+
+    @field_validator("server")
+    @classmethod
+    def _check_server(cls, text: str) -> str:
+        for address in text.split(","):
+            host, _, port = address.strip().rpartition(":")
+            if not host or not port.isdecimal():
+                raise ValueError(
+                    f"{address.strip()!r} is no host:port; with several, put commas between them"
+                )
+        return text
+
+    @property
+    def servers(self) -> list[str]:
+        """host:port of each inference server."""
+        return [address.strip() for address in self.server.split(",")]
 
     @property
     def fetches_images(self) -> bool:

@@ -197,7 +197,9 @@ class StageWatch:
         self._availability.lose(one.server.address, name, reason)
 
     async def _regain(self, one: _Watched) -> None:
-        """The model is back when all its stages have answered a ping that was sent after the last bad sign."""
+        """The model is back when each of its stages has answered a ping that was sent after the last bad
+        sign.
+        """
         server, name = one.server, one.pipeline.name
         loss = self._availability.loss(server.address, name)
         if loss is None:

@@ -76,7 +76,7 @@ async def ask(inference):
 
 
 def gateway(*clients, wait_s=60.0):
-    inference = GrpcInference(",".join(f"127.0.0.1:{i + 1}" for i in range(len(clients))), 1, 1000, wait_s)
+    inference = GrpcInference([f"127.0.0.1:{i + 1}" for i in range(len(clients))], 1, 1000, wait_s)
     for server, client in zip(inference.servers, clients, strict=True):
         server.client = client
     return inference

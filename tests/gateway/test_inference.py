@@ -44,7 +44,7 @@ from tests.support.fake_inference import MULTIMODAL, PIPELINE
     ],
 )
 async def test_statuses_of_the_server(status, message, kind, text):
-    inference = GrpcInference("127.0.0.1:9", 2.5, 1000)
+    inference = GrpcInference(["127.0.0.1:9"], 2.5, 1000)
     error = inference._explain(InferenceServerException(message, f"StatusCode.{status}"), "m")
     await inference.close()
     assert type(error) is kind
@@ -58,7 +58,7 @@ class CannedInference(GrpcInference):
     """Answers of the server as it would pack them: an item of n bytes has n values, all of them n."""
 
     def __init__(self, max_answer_bytes=10**6):
-        super().__init__("127.0.0.1:9", 1, max_answer_bytes)
+        super().__init__(["127.0.0.1:9"], 1, max_answer_bytes)
         self.running = 0
         self.most = 0
         self.asked = []
@@ -144,7 +144,7 @@ class CannedClient:
 
 @pytest.fixture
 async def canned():
-    inference = GrpcInference("127.0.0.1:9", 1, 10**6)
+    inference = GrpcInference(["127.0.0.1:9"], 1, 10**6)
     await inference.servers[0].close()
     inference.servers[0].client = CannedClient()
     return inference

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
 from tests.support.checkpoints import sentence_transformer
-from tests.support.load import TEXTS, under_load, until
+from tests.support.load import TEXTS, tell, under_load, until
 from tests.support.server import serve, wait_until
 
 WAIT_S = 240
@@ -55,7 +56,7 @@ def another_gateway(serving):
             lambda: any(
                 f":{int(environment['GATEWAY_PORT']):04X} " in line and f" {inode} " in line
                 for inode in sockets_of(process.pid)
-                for line in open("/proc/net/tcp")
+                for line in Path("/proc/net/tcp").read_text().splitlines()
             ),
             "the second gateway to listen",
         )
@@ -91,7 +92,7 @@ def test_what_dies_is_started_again(tmp_path, checkpoint):
 
         wait_until(lambda: pid_of_any(serving, "-m gateway") not in (None, gateway), "a new gateway")
         wait_until(is_ready, "it to be ready")
-        print(f"\na gateway that was killed is ready again after {time.monotonic() - begun:.2f} s")
+        tell(f"\na gateway that was killed is ready again after {time.monotonic() - begun:.2f} s")
         asyncio.run(kill_the_server(serving, expected))
         assert serving.stop(90) == 0
     assert "tritonserver ended with exit code -9" in serving.output.read_text()
@@ -116,7 +117,7 @@ async def kill_the_server(serving, expected):
         back = time.monotonic() - moment
         count = len(load.answers)
         await until(lambda: len(load.answers) > count + 64, "answers of the new server")
-    print(
+    tell(
         f"\na server that was killed: /ready told it after {noticed:.2f} s, ready again after {back:.2f} s, "
         f"failures {[what for _, what in load.failures]}, slowest request {load.slowest_s:.2f} s"
     )
@@ -142,7 +143,7 @@ def test_a_second_gateway_takes_over_and_the_first_drains(tmp_path, checkpoint):
                     # The supervisor has started another one; it takes the load over from the second.
                     await until(lambda: pid_of_any(serving, "-m gateway") not in (None, first), "a third")
                     await asyncio.to_thread(wait_until, lambda: len(sockets_of_gateway(serving)) > 0, "it")
-            print(
+            tell(
                 f"\nthe first gateway ended {ended:.2f} s after SIGTERM, {len(load.answers)} right answers, "
                 f"failures {[what for _, what in load.failures]}, slowest request {load.slowest_s:.2f} s"
             )
@@ -174,7 +175,7 @@ def sockets_of_gateway(serving):
     pid = pid_of_any(serving, "-m gateway")
     listening = {
         line.split()[9]
-        for line in open("/proc/net/tcp").readlines()[1:]
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
         if line.split()[3] == "0A" and int(line.split()[1].split(":")[1], 16) == port
     }
     return listening & set(sockets_of(pid)) if pid else set()
@@ -217,7 +218,7 @@ def test_a_drain_answers_what_is_under_way_and_refuses_the_rest_by_its_deadline(
         for sender in senders:
             sender.join(60)
         assert serving.process.wait(90) == 0
-        print(f"\nthe drain ended after {time.monotonic() - begun:.2f} s; {gateway} answered {answers}")
+        tell(f"\nthe drain ended after {time.monotonic() - begun:.2f} s; {gateway} answered {answers}")
     assert answers["short"][0] == 200
     status, headers, body = answers["long"]
     assert status in (200, 503), body

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.support.load import TEXTS, under_load, until
+from tests.support.load import TEXTS, tell, under_load, until
 from tests.support.server import serve
 from triton_embeddings import models
 
@@ -74,7 +74,7 @@ async def test_a_stage_dies_under_load(faulty, stage, how):
         back = time.monotonic() - moment
         count = len(load.answers)
         await until(lambda: len(load.answers) > count + 64, "answers after the repair")
-    print(
+    tell(
         f"\n{stage} {how.name}: /ready told it after {noticed:.2f} s and was back after {back:.2f} s, longest "
         f"time without an answer {load.gap_s(moment):.2f} s, {len(load.answers)} right answers, failures: "
         f"{[what for _, what in load.failures]}, slowest request {load.slowest_s:.2f} s"
@@ -99,7 +99,7 @@ async def test_every_other_head_is_replaced_without_being_asked(faulty, entry):
         while not await ready(client, faulty, model):
             assert time.monotonic() - moment < RECOVERY_S
             await asyncio.sleep(0.02)
-    print(f"\n{entry}: noticed after {noticed:.2f} s, back after {time.monotonic() - moment:.2f} s")
+    tell(f"\n{entry}: noticed after {noticed:.2f} s, back after {time.monotonic() - moment:.2f} s")
     assert faulty.post({"model": "m3", "input": "a"}, "/v1/embeddings/colbert")[0] == 200
 
 

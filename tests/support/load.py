@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import itertools
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -29,14 +31,10 @@ class Load:
     slowest_s: float = 0.0
     is_over: bool = False
 
-    def first_answer_after(self, moment: float, sent_after: bool = True) -> float:
-        """Seconds from a moment to the first right answer of a request that was sent after it."""
-        return next(at for at, _ in self.answers if at > moment) - moment
-
     def gap_s(self, moment: float) -> float:
         """The longest time without a right answer from a moment on."""
         times = [moment, *(at for at, _ in self.answers if at > moment)]
-        return max(b - a for a, b in zip(times, times[1:], strict=False))
+        return max(b - a for a, b in itertools.pairwise(times))
 
     def judge(self, vectors: np.ndarray, places: list[int]) -> str:
         """Whose answer it is; wrong where it is nobody's."""
@@ -91,3 +89,8 @@ async def until(condition, what: str, timeout_s: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s in vain for {what}"
         await asyncio.sleep(0.02)
+
+
+def tell(figures: str) -> None:
+    """Shows what was measured (pytest -s)."""
+    sys.stdout.write(figures + "\n")
