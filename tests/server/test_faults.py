@@ -36,7 +36,7 @@ def faulty(tmp_path_factory, kinds):
 
 
 def embeddings(serving, model="m3", texts=TEXTS):
-    status, body = serving.post({"model": model, "input": texts})
+    status, body = serving.post({"model": model, "input": texts, "truncate": True})
     assert status == 200, body
     return np.array([row["embedding"] for row in body["data"]])
 
@@ -75,9 +75,9 @@ async def test_a_stage_dies_under_load(faulty, stage, how):
         count = len(load.answers)
         await until(lambda: len(load.answers) > count + 64, "answers after the repair")
     tell(
-        f"\n{stage} {how.name}: /ready told it after {noticed:.2f} s and was back after {back:.2f} s, longest "
-        f"time without an answer {load.gap_s(moment):.2f} s, {len(load.answers)} right answers, failures: "
-        f"{[what for _, what in load.failures]}, slowest request {load.slowest_s:.2f} s"
+        f"\n{stage} {how.name}: /ready told it after {noticed:.2f} s and was back after {back:.2f} s, "
+        f"longest time without an answer {load.gap_s(moment):.2f} s, {len(load.answers)} right answers, "
+        f"failures {[what for _, what in load.failures]}, slowest request {load.slowest_s:.2f} s"
     )
     assert not any(what == "wrong vector" for _, what in load.failures)
     assert not load.failures or how is signal.SIGSTOP
