@@ -6,7 +6,9 @@ The port is given up first: new connections go to another gateway that listens o
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import sys
 import time
 
 import uvicorn
@@ -44,6 +46,10 @@ def run(config: uvicorn.Config, listener: socket.socket) -> bool:
         uvicorn.supervisors.multiprocess.Process = _Worker  # type: ignore[misc]
         _Workers(config, [listener]).run()
         return True
+    # uvicorn raises the signal once more when it is done; a process that ended in order is none that was
+    # killed.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     server = DrainingServer(config)
     server.run([listener])
     return server.started

@@ -75,7 +75,10 @@ class InferenceServer:
         return Pulse.ALIVE
 
     def _read(self, entry: str, error: InferenceServerException) -> Pulse:
-        message, status = error.message() or "", error.status() or ""
+        message, status = error.message() or "", error.status()
+        if status is None:
+            # The client's own.
+            raise error
         if DEAD_STUB.search(message):
             return Pulse.DEAD
         if status == f"StatusCode.{grpc.StatusCode.DEADLINE_EXCEEDED.name}":
@@ -132,7 +135,8 @@ class InferenceServer:
             answer = await self.client.get_inference_statistics(entry, client_timeout=_ASK_TIMEOUT_S)
         except InferenceServerException:
             return None
-        return sum(s.inference_stats.success.count + s.inference_stats.fail.count for s in answer.model_stats)
+        counts = (s.inference_stats for s in answer.model_stats)
+        return sum(int(stats.success.count + stats.fail.count) for stats in counts)
 
     async def is_loaded(self, entry: str) -> bool:
         """Whether the server would take requests for an entry."""
@@ -162,7 +166,7 @@ class InferenceServer:
 
 
 def _empty_input(spec: Any) -> Any:
-    """A batch of one with nothing along the dimensions that vary; of a text, an empty one."""
+    """A batch of one with nothing along the dimensions that vary; of texts, one that is empty."""
     dtype = model_config_pb2.DataType.Name(spec.data_type).removeprefix("TYPE_")
     is_text = dtype == "STRING"
     shape = [1, *(int(is_text) if size < 0 else size for size in spec.dims)]
@@ -170,8 +174,8 @@ def _empty_input(spec: Any) -> Any:
     if is_text:
         tensor.set_data_from_numpy(np.full(shape, b"", object))
     elif dtype == "BF16":
-        # tritonclient writes it from float32.
-        tensor.set_data_from_numpy(np.zeros(shape, np.float32))
+        # tritonclient wants an array of another package's type, to write nothing.
+        tensor._raw_content = b""
     else:
         tensor.set_data_from_numpy(np.zeros(shape, _NUMPY[dtype]))
     return tensor

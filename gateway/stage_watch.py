@@ -50,6 +50,8 @@ class _Watched:
     """Process id -> descriptor that tells its end."""
     has_ended: bool = False
     """Whether one of these has."""
+    is_looked_for: bool = False
+    """Whether its processes were looked for: of a server on another machine there are none to be found."""
     task: asyncio.Task[None] | None = None
 
 
@@ -213,8 +215,9 @@ class StageWatch:
 
     async def _know_processes(self, one: _Watched) -> None:
         """Has the end of the entry's processes told at once, where they run on this machine."""
-        if one.processes:
+        if one.is_looked_for:
             return
+        one.is_looked_for = True
         loop = asyncio.get_running_loop()
         for pid in await asyncio.to_thread(find_stubs, one.server.address, one.entry):
             with contextlib.suppress(ProcessLookupError):
@@ -239,6 +242,7 @@ class StageWatch:
         _close(one.processes.values())
         one.processes.clear()
         one.has_ended = False
+        one.is_looked_for = False
 
 
 def _close(descriptors: Iterable[int]) -> None:

@@ -73,10 +73,10 @@ class LiveServer:
             generation = next_generation(self.repository, pipeline.name)
             pipeline = dataclasses.replace(pipeline, generation=generation)
             old = stage_entries(self.repository, pipeline.name)
-            *stages, trial = entries = write_stages(self.repository, pipeline)
+            *stages, trial = write_stages(self.repository, pipeline)
             try:
-                for entry in entries:
-                    self._load(entry)
+                # With all its stages, at once; had they been loaded one by one, it would load them anew.
+                self._load(trial)
                 self._ask(trial)
                 self._exchange(pipeline)
             except BaseException:

@@ -17,6 +17,7 @@ from tests.support.load import TEXTS, tell, under_load, until
 from tests.support.server import COMMAND, serve, wait_until
 
 WAIT_S = 240
+STAGES = ("tokenizer", "encoder", "dense", "tokens")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ async def test_new_weights_take_over_under_load(serving, checkpoints):
     )
     assert load.failures == []
     assert replaced.stdout.startswith("replaced tiny:")
-    assert entries(serving) == {"tiny", *(f"tiny.{stage}.2" for stage in ("tokenizer", "encoder", "dense"))}
+    assert entries(serving) == {"tiny", *(f"tiny.{stage}.2" for stage in STAGES)}
     # The entries of the generation before are gone from the disk, too, and tokens are asked for at the new.
     status, _ = serving.post({"model": "tiny", "prompt": "a"}, "/tokenize")
     assert status == 200
