@@ -16,8 +16,6 @@ import uvicorn.supervisors.multiprocess
 
 from gateway.drain import Drain
 
-# A connection without a request is kept open so long for one that may be on its way.
-_IDLE_GRACE_S = 1.0
 # For the last answers to be written, after the deadline.
 _LAST_WORDS_S = 2
 _POLL_INTERVAL_S = 0.05
@@ -67,9 +65,11 @@ class DrainingServer(uvicorn.Server):
             server.close()
         for listener in sockets or []:
             listener.close()
-        await self._wait_for_connections(min(deadline, time.monotonic() + _IDLE_GRACE_S))
+        # One without a request ends as it always does, so that none is closed under a request on its way.
+        idle_s = self.config.timeout_keep_alive
+        await self._wait_for_connections(min(deadline, time.monotonic() + idle_s))
         for connection in list(self.server_state.connections):
-            # One that waits for a request is closed, another after its answer.
+            # What is open by now is at work, and is closed with its answer.
             connection.shutdown()
         await self._wait_for_connections(deadline)
         drain.end()

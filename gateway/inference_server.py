@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -123,9 +123,9 @@ class InferenceServer:
             if PipelineParameter.TASKS in config.parameters
         }
         for name, pipeline in known.items():
-            # A model that was taken away is not listed, or its stages are still there.
-            lacks_stage = any(states.get(step, ("", ""))[0] != "READY" for step in pipeline.steps)
-            if name not in found and name in states and lacks_stage:
+            own = states.get(name, ("", ""))[0]
+            stages = [states.get(step, ("", ""))[0] for step in pipeline.steps]
+            if name not in found and _is_being_mended(own, stages):
                 found[name] = pipeline
         return list(found.values())
 
@@ -163,6 +163,14 @@ class InferenceServer:
     async def close(self) -> None:
         """Gives the connection back."""
         await self.client.close()
+
+
+def _is_being_mended(ensemble: str, stages: Sequence[str]) -> bool:
+    """Of a model that is not ready, by the states of its entries: whether it lacks a stage for a while. Of one
+    that was taken away all stages are gone at once, or none is.
+    """
+    is_alive = any(state in ("READY", "LOADING", "UNLOADING") for state in stages)
+    return is_alive and (ensemble == "LOADING" or any(state != "READY" for state in stages))
 
 
 def _empty_input(spec: Any) -> Any:

@@ -178,7 +178,7 @@ class StageWatch:
             is_gone = pulse in (Pulse.DEAD, Pulse.SILENT)
         else:
             # Not while somebody loads it, nor where the repository has no such entry.
-            is_gone = state == "UNAVAILABLE"
+            is_gone = state == "UNAVAILABLE" and await self._is_served(one)
         # Its processes will end, or have been replaced.
         self._forget_processes(one)
         return is_gone

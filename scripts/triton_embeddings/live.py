@@ -95,11 +95,11 @@ class LiveServer:
             stages = stage_entries(self.repository, name)
             own = entries_of(self.repository, name)
             ensembles = [entry for entry in (name, multimodal_name(name)) if entry in own - set(stages)]
-            # Gateways take a model whose ensemble is there and whose stages are not for one to mend.
-            delete_entries(self.repository, ensembles)
-            for entry in ensembles:
-                self._unload(entry)
-            self._take_away(stages)
+            # The ensemble and its stages in one call: gateways take a model that lacks some of its stages for
+            # one to mend.
+            for entry in reversed(ensembles):
+                self._unload(entry, with_stages=entry == name)
+            self._take_away([*ensembles, *stages])
 
     def _exchange(self, pipeline: PipelineSpec) -> None:
         before = exchange_ensembles(self.repository, pipeline)
@@ -143,10 +143,10 @@ class LiveServer:
             self._unload(entry)
         delete_entries(self.repository, list(entries))
 
-    def _unload(self, entry: str) -> None:
+    def _unload(self, entry: str, *, with_stages: bool = False) -> None:
         # One that was never loaded is no fault.
         with contextlib.suppress(InferenceServerException):
-            self._client.unload_model(entry, client_timeout=_ASK_TIMEOUT_S)
+            self._client.unload_model(entry, unload_dependents=with_stages, client_timeout=_ASK_TIMEOUT_S)
 
 
 def note_repository(grpc_port: int, repository: Path) -> Path:

@@ -4,7 +4,7 @@ import pytest
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
-from gateway.inference_server import InferenceServer, Pulse, _empty_input
+from gateway.inference_server import InferenceServer, Pulse, _empty_input, _is_being_mended
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,19 @@ async def test_what_a_ping_learns_of_an_error(status, message, pulse):
     with pytest.raises(InferenceServerException):
         server._read("a.encoder", InferenceServerException("of the client alone"))
     await server.close()
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "stages", "is_kept"),
+    [
+        ("UNAVAILABLE", ("READY", "LOADING"), True),
+        ("UNAVAILABLE", ("READY", "UNAVAILABLE"), True),
+        ("UNAVAILABLE", ("LOADING", "LOADING"), True),
+        ("LOADING", ("READY", "READY"), True),
+        ("UNAVAILABLE", ("READY", "READY"), False),
+        ("UNAVAILABLE", ("UNAVAILABLE", "UNAVAILABLE"), False),
+        ("", ("", ""), False),
+    ],
+)
+def test_a_model_that_lacks_a_stage_stays_known_and_one_that_was_removed_does_not(ensemble, stages, is_kept):
+    assert _is_being_mended(ensemble, stages) is is_kept

@@ -39,7 +39,7 @@ class _Server:
         return True
 
     async def states(self):
-        return {entry: (self.state, "") for entry in self.pulses}
+        return dict.fromkeys(self.pulses, (self.state, ""))
 
     async def unload(self, entry):
         self.loaded.append(f"-{entry}")

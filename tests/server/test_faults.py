@@ -9,8 +9,9 @@ import httpx
 import numpy as np
 import pytest
 
+from tests.support import multimodal
 from tests.support.load import TEXTS, tell, under_load, until
-from tests.support.server import serve
+from tests.support.server import gateway, serve, wait_until
 from triton_embeddings import models
 
 # Machines are noisy: what is measured is printed, and these are far above it.
@@ -25,6 +26,8 @@ def faulty(tmp_path_factory, kinds):
     folder = tmp_path_factory.mktemp("faults")
     models.add(folder / "models", str(kinds / "bge-m3"), "m3", {"dtype": "float32", "max_length": 512})
     models.add(folder / "models", str(kinds / "bge-m3"), "tokens", {"dtype": "float32", "task": "tokens"})
+    multimodal.clip(folder / "clip")
+    models.add(folder / "models", str(folder / "clip"), "clip", {"dtype": "float32"})
     with serve(
         folder / "output",
         "--model-repository",
@@ -85,12 +88,22 @@ async def test_a_stage_dies_under_load(faulty, stage, how):
     assert stub(faulty, f"m3.{stage}") != pid
 
 
-@pytest.mark.parametrize("entry", ["m3.sparse", "m3.colbert", "tokens.tokens"])
-async def test_every_other_head_is_replaced_without_being_asked(faulty, entry):
+@pytest.mark.parametrize(
+    ("entry", "how"),
+    [
+        ("m3.sparse", signal.SIGKILL),
+        ("m3.colbert", signal.SIGSTOP),
+        ("tokens.tokens", signal.SIGKILL),
+        ("tokens.tokens", signal.SIGSTOP),
+        ("clip.image", signal.SIGKILL),
+        ("clip.image", signal.SIGSTOP),
+    ],
+)
+async def test_every_other_stage_is_replaced_without_being_asked(faulty, entry, how):
     """Nobody asks for it: its pings alone tell."""
     model = entry.split(".")[0]
     async with httpx.AsyncClient(timeout=60) as client:
-        os.kill(stub(faulty, entry), signal.SIGKILL)
+        os.kill(stub(faulty, entry), how)
         moment = time.monotonic()
         while await ready(client, faulty, model):
             assert time.monotonic() - moment < NOTICE_S
@@ -99,8 +112,26 @@ async def test_every_other_head_is_replaced_without_being_asked(faulty, entry):
         while not await ready(client, faulty, model):
             assert time.monotonic() - moment < RECOVERY_S
             await asyncio.sleep(0.02)
-    tell(f"\n{entry}: noticed after {noticed:.2f} s, back after {time.monotonic() - moment:.2f} s")
+    tell(f"\n{entry} {how.name}: noticed after {noticed:.2f} s, back after {time.monotonic() - moment:.2f} s")
     assert faulty.post({"model": "m3", "input": "a"}, "/v1/embeddings/colbert")[0] == 200
+
+
+def test_two_gateways_replace_a_stage_once(faulty):
+    def loads():
+        return faulty.server_log().count("loading: m3.tokenizer:1")
+
+    with gateway(faulty.grpc) as url:
+        before = loads()
+        pid = stub(faulty, "m3.tokenizer")
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: not is_ready(url) and not is_ready(faulty.url), "both to notice", NOTICE_S)
+        wait_until(lambda: is_ready(url) and is_ready(faulty.url), "both to be ready again", RECOVERY_S)
+        assert loads() == before + 1
+        assert stub(faulty, "m3.tokenizer") != pid
+
+
+def is_ready(url):
+    return httpx.get(f"{url}/ready", timeout=60).status_code == 200
 
 
 def test_the_exit_code_is_0_after_repairs(faulty):

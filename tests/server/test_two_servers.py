@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import httpx
@@ -13,29 +11,9 @@ import numpy as np
 
 from tests.support.checkpoints import sentence_transformer
 from tests.support.load import TEXTS, tell, under_load, until
-from tests.support.server import free_ports, serve, wait_until
+from tests.support.server import gateway, serve
 
 WAIT_S = 240
-
-
-@contextlib.contextmanager
-def gateway(servers):
-    """One that asks all the servers; its address."""
-    (port,) = free_ports(1)
-    environment = {**os.environ, "GATEWAY_PORT": str(port), "GATEWAY_SERVER": ",".join(servers)}
-    process = subprocess.Popen([sys.executable, "-m", "gateway"], env=environment, cwd="/")
-    try:
-        url = f"http://127.0.0.1:{port}"
-
-        def is_ready():
-            with contextlib.suppress(httpx.TransportError):
-                return httpx.get(f"{url}/ready").status_code == 200
-
-        wait_until(is_ready, "the gateway")
-        yield url
-    finally:
-        process.terminate()
-        assert process.wait(60) == 0
 
 
 def requests_of(serving):
@@ -49,7 +27,7 @@ def test_one_of_two_servers_is_killed_and_comes_back(tmp_path):
     with (
         serve(tmp_path / "first", checkpoint, "--dtype", "float32") as first,
         serve(tmp_path / "second", checkpoint, "--dtype", "float32") as second,
-        gateway([first.grpc, second.grpc]) as url,
+        gateway(first.grpc, second.grpc) as url,
     ):
         body = {"model": "tiny", "input": TEXTS, "truncate": True}
         answer = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).json()

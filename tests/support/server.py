@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -123,3 +124,24 @@ def serve(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextlib.contextmanager
+def gateway(*servers: str) -> Iterator[str]:
+    """A gateway alone that asks these servers (their gRPC addresses), when it is ready; its URL."""
+    (port,) = free_ports(1)
+    environment = {**os.environ, "GATEWAY_PORT": str(port), "GATEWAY_SERVER": ",".join(servers)}
+    process = subprocess.Popen([sys.executable, "-m", "gateway"], env=environment, cwd="/")
+    url = f"http://127.0.0.1:{port}"
+
+    def is_ready() -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/ready") as answer:
+            return bool(answer.status == 200)
+        return False
+
+    try:
+        wait_until(is_ready, "the gateway")
+        yield url
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
