@@ -166,8 +166,8 @@ class InferenceServer:
 
 
 def _is_being_mended(ensemble: str, stages: Sequence[str]) -> bool:
-    """Of a model that is not ready, by the states of its entries: whether it lacks a stage for a while. Of one
-    that was taken away all stages are gone at once, or none is.
+    """Of a model that is not ready, by the states of its entries: whether it lacks a stage for a while. Of
+    one that was taken away all stages are gone at once, or none is.
     """
     is_alive = any(state in ("READY", "LOADING", "UNLOADING") for state in stages)
     return is_alive and (ensemble == "LOADING" or any(state != "READY" for state in stages))

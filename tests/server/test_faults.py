@@ -16,6 +16,7 @@ from triton_embeddings import models
 
 # Machines are noisy: what is measured is printed, and these are far above it.
 RECOVERY_S = 240
+pytestmark = pytest.mark.timeout(900)
 NOTICE_S = 20
 STAGES = ("tokenizer", "encoder", "dense", "sparse", "colbert", "tokens")
 

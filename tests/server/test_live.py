@@ -16,7 +16,8 @@ from tests.support.checkpoints import sentence_transformer
 from tests.support.load import TEXTS, tell, under_load, until
 from tests.support.server import COMMAND, serve, wait_until
 
-WAIT_S = 240
+WAIT_S = 600
+pytestmark = pytest.mark.timeout(900)
 STAGES = ("tokenizer", "encoder", "dense", "tokens")
 
 

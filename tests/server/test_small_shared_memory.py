@@ -1,6 +1,7 @@
 """Where /dev/shm is as small as Docker makes it. Figures are printed (-s)."""
 
 import numpy as np
+import pytest
 
 from tests.support.checkpoints import sentence_transformer
 from tests.support.load import tell
@@ -8,6 +9,7 @@ from tests.support.server import COMMAND, serve
 
 # As a container has it that nobody gave more.
 SIZE = "64m"
+pytestmark = pytest.mark.timeout(900)
 MOUNT = f"mount -t tmpfs -o size={SIZE} tmpfs /dev/shm"
 
 

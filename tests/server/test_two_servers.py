@@ -8,12 +8,14 @@ import time
 
 import httpx
 import numpy as np
+import pytest
 
 from tests.support.checkpoints import sentence_transformer
 from tests.support.load import TEXTS, tell, under_load, until
 from tests.support.server import gateway, serve
 
-WAIT_S = 240
+WAIT_S = 600
+pytestmark = pytest.mark.timeout(900)
 
 
 def requests_of(serving):
