@@ -80,11 +80,16 @@ class StageWatch:
         self._repairs = Repairs()
         self._watched: dict[tuple[str, str], _Watched] = {}
         self._alarm = asyncio.Event()
-        availability.on_loss.append(lambda address, model, is_first: is_first and self.alarm())
+        availability.on_loss.append(self._hear)
 
     def alarm(self) -> None:
         """Somebody met a fault: all stages are asked at once."""
         self._alarm.set()
+
+    def _hear(self, address: str, model: str, is_first: bool) -> None:
+        """Somebody says that a model is lost."""
+        if is_first:
+            self.alarm()
 
     def fault(self, pipeline: Pipeline) -> str | None:
         """Why no server answers for a model; None where one does, or where nobody has looked."""

@@ -7,6 +7,7 @@ are taken away.
 
 from __future__ import annotations
 
+import py_compile
 import shutil
 import tempfile
 from pathlib import Path
@@ -58,6 +59,10 @@ def write_stages(repository: Path, pipeline: PipelineSpec) -> list[str]:
     repository.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{pipeline.name}-", dir=repository.parent) as folder:
         _write(Path(folder), files)
+        for file in Path(folder).glob("*/1/*.py"):
+            # Else the first import writes it there, and the server (2.51), which takes that for a change of the
+            # entry, loads it once more at the next look.
+            py_compile.compile(str(file), doraise=True)
         for entry in entries:
             shutil.move(Path(folder) / entry, repository / entry)
     return entries

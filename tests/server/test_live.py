@@ -113,7 +113,7 @@ async def test_new_weights_take_over_under_load(serving, checkpoints):
     assert replaced.stdout.startswith("replaced tiny:")
     assert entries(serving) == {"tiny", *(f"tiny.{stage}.2" for stage in STAGES)}
     # The entries of the generation before are gone from the disk, too, and tokens are asked for at the new.
-    status, _ = serving.post({"model": "tiny", "prompt": "a"}, "/tokenize")
+    status, _ = serving.post({"inputs": "a"}, "/tokenize")
     assert status == 200
 
 
