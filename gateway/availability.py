@@ -48,11 +48,6 @@ class Availability:
         if self._losses.pop((address, model), None) is not None:
             self._tell()
 
-    def forget(self, model: str) -> None:
-        """The model is no longer served at all."""
-        for key in [key for key in self._losses if key[1] == model]:
-            del self._losses[key]
-
     def loss(self, address: str, model: str) -> Loss | None:
         """None where it answers, as far as is known."""
         return self._losses.get((address, model))

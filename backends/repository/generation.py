@@ -60,8 +60,8 @@ def write_stages(repository: Path, pipeline: PipelineSpec) -> list[str]:
     with tempfile.TemporaryDirectory(prefix=f".{pipeline.name}-", dir=repository.parent) as folder:
         _write(Path(folder), files)
         for file in Path(folder).glob("*/1/*.py"):
-            # Else the first import writes it there, and the server (2.51), which takes that for a change of the
-            # entry, loads it once more at the next look.
+            # Else the first import writes it there, and the server (2.51), which takes that for a change of
+            # the entry, loads it once more at the next look.
             py_compile.compile(str(file), doraise=True)
         for entry in entries:
             shutil.move(Path(folder) / entry, repository / entry)

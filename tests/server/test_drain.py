@@ -169,12 +169,13 @@ def test_a_drain_answers_what_is_under_way_and_refuses_the_rest_by_its_deadline(
     ) as serving:
         answers = {}
 
-        def send(name, count):
-            answers[name] = post_with_headers(serving, ["a value of this class " * 8] * count)
+        def send(name, texts):
+            answers[name] = post_with_headers(serving, texts)
 
         senders = [
-            threading.Thread(target=send, args=("short", 1)),
-            threading.Thread(target=send, args=("long", 2048)),
+            # The encoder takes the shortest first.
+            threading.Thread(target=send, args=("short", ["a"])),
+            threading.Thread(target=send, args=("long", ["a value of this class " * 8] * 2048)),
         ]
         for sender in reversed(senders):
             sender.start()
