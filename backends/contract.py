@@ -178,6 +178,8 @@ class RequestParameter(StrEnum):
     """int, milliseconds since 1970: what has not begun by then is not computed. Where the server runs on
     another machine than who sets it, both need the same clock.
     """
+    PING = "ping"
+    """bool, of a stage's entry: it answers at once and without outputs, whatever the inputs hold."""
 
 
 class PipelineParameter(StrEnum):
@@ -324,11 +326,30 @@ class PipelineSpec:
     """What had to be guessed of the checkpoint, for the person who serves it."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Why it has each of its heads, by the head's name."""
+    generation: int = 1
+    """Of its entries; see entry_name."""
 
 
-def entry_name(pipeline: str, stage: str) -> str:
-    """Name of a stage's entry in the model repository."""
-    return f"{pipeline}.{stage}"
+def entry_name(pipeline: str, stage: str, generation: int = 1) -> str:
+    """Name of a stage's entry in the model repository. A model that is replaced while it serves gets entries
+    of the next generation beside those of the old one.
+    """
+    return f"{pipeline}.{stage}" if generation == 1 else f"{pipeline}.{stage}.{generation}"
+
+
+def stage_of(pipeline: str, entry: str) -> str:
+    """The stage's short name in the name of its entry, of whatever generation."""
+    return _GENERATION.sub("", entry.removeprefix(f"{pipeline}."))
+
+
+def generation_of(entry: str) -> int:
+    """Which generation an entry of a stage is of."""
+    found = _GENERATION.search(entry)
+    return int(found[1]) if found else 1
+
+
+# Names of stages have no digits at their end, and none but a generation is a number.
+_GENERATION = re.compile(r"(?<=[a-z])\.(\d+)$")
 
 
 def multimodal_name(pipeline: str) -> str:

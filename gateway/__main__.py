@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from gateway import http_server
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.connection import GuardedProtocol
@@ -64,12 +65,22 @@ def main() -> None:
 
 
 def _run(settings: Settings) -> None:
-    uvicorn.run(
+    try:
+        listener = http_server.listen(settings.host, settings.port, is_shared=settings.reuse_port)
+    except OSError as error:
+        sys.exit(
+            f"error: port {settings.port} on {settings.host} cannot be used ({error.strerror or error}); "
+            "stop what listens there, or give another with GATEWAY_PORT (two gateways share one where both "
+            "have GATEWAY_REUSE_PORT=true)"
+        )
+    config = uvicorn.Config(
         "gateway.__main__:application",
         factory=True,
         workers=settings.workers,
         **server_options(settings),
     )
+    if not http_server.run(config, listener):
+        sys.exit(1)
 
 
 def server_options(settings: Settings) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from gateway.access import Access
 from gateway.catalog import Catalog
 from gateway.connection import LIMITS, ConnectionLimits
 from gateway.context import current
-from gateway.endpoints import DEFAULT_DIALECT, DIALECTS
+from gateway.drain import Drain, Draining
+from gateway.endpoints import ADMIN, DEFAULT_DIALECT, DIALECTS
 from gateway.endpoints.dialect import Services, style_of
 from gateway.error_bodies import ErrorStyle
 from gateway.errors import BadRequest, GatewayError, ServerFault, Unauthorized
@@ -42,6 +43,7 @@ from gateway.observed import Observed
 from gateway.readiness import Readiness
 from gateway.scoring import Scorer
 from gateway.settings import Settings
+from gateway.stage_watch import StageWatch
 from gateway.vocabulary import Vocabulary
 from gateway.wire import respond
 
@@ -64,21 +66,31 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     Raises UnusableKeys.
     """
     access = Access(settings)
+    drain = Drain()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         asyncio.get_running_loop().set_exception_handler(log_loop_error)
         # Made here: the gRPC channel belongs to the event loop that runs now.
         server = inference or GrpcInference(
-            settings.server,
+            settings.servers,
             settings.request_timeout_s,
             settings.max_answer_bytes,
             settings.admission_limits,
+            settings.repair_wait_s,
         )
         own = Observed(server)
         bounded = BoundedInference(own, settings.max_text_bytes, settings.max_prompt_bytes)
         catalog = Catalog(own)
-        readiness = Readiness(own, catalog, settings.canary_interval_s, settings.patience_s)
+        stages = _watch_stages(server, catalog, settings) if isinstance(server, GrpcInference) else None
+        readiness = Readiness(
+            own,
+            catalog,
+            settings.canary_interval_s,
+            settings.patience_s,
+            stages.fault if stages else lambda pipeline: None,
+            drain,
+        )
         # One thread: a request with much to compare must not take the processor from all others.
         calculator = ThreadPoolExecutor(1, "calculator")
         scorer = Scorer(bounded, catalog, calculator, settings.max_products)
@@ -91,15 +103,17 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
             asyncio.create_task(readiness.watch()),
             asyncio.create_task(gauges.watch(readiness, admission)),
         ]
+        if stages is not None:
+            watches.append(asyncio.create_task(stages.run()))
         # What lives by now lives for ever: without it, collections of old objects double the 99th percentile.
         # And what a request leaves behind has no cycles: a collection is seldom worth its while.
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
-        yield {LIMITS: ConnectionLimits.of(settings)}
+        # uvicorn's part of the end, http_server.py, finds it there.
+        yield {LIMITS: ConnectionLimits.of(settings), "drain": drain}
         for watch in watches:
             watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watch
+        await asyncio.gather(*watches, return_exceptions=True)
         calculator.shutdown(wait=False, cancel_futures=True)
         await images.close()
         await own.close()
@@ -117,7 +131,8 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         telemetry=tracing.fastapi_options(spans),
     )
     for name, dialect in DIALECTS.items():
-        app.include_router(dialect.router, tags=[name])
+        if name != ADMIN or settings.admin_key is not None:
+            app.include_router(dialect.router, tags=[name])
     if access.asks_for_keys:
         _describe_keys(app)
     # The last one added is the first that a request passes.
@@ -132,6 +147,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     app.add_middleware(Refusals, refuse=_answer_error)
     if settings.cors_origins:
         app.add_middleware(cors, origins=settings.cors_origins)
+    app.add_middleware(Draining, drain, _answer_error)
     app.add_middleware(Observation, has_access_log=settings.access_log)
     app.add_middleware(RequestId)
     app.add_exception_handler(GatewayError, _answer_error)
@@ -153,6 +169,17 @@ def _describe_keys(app: FastAPI) -> None:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _watch_stages(inference: GrpcInference, catalog: Catalog, settings: Settings) -> StageWatch:
+    return StageWatch(
+        inference.servers,
+        catalog,
+        inference.availability,
+        interval_s=settings.ping_interval_s,
+        hang_timeout_s=settings.hang_timeout_s,
+        patience_s=settings.patience_s,
+    )
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

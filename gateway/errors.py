@@ -15,6 +15,7 @@ GatewayError
   |     +-- HeadersTooLarge 431
   +-- ServerFault          500  a fault on this side; what it was stands in the log only
         +-- Unavailable    503  try again soon
+        |     +-- ModelLost 503 its process died, or it is being loaded anew
         +-- TimedOut       504
 
 Endpoints, tasks and the inference client raise them; `app.py` answers with the body of the dialect whose
@@ -137,6 +138,15 @@ class Unavailable(ServerFault):
 
     status = 503
     retry_after_s = 1.0
+
+
+class ModelLost(Unavailable):
+    """What computed the request is gone: a process died, a model is being loaded anew, or the server cannot
+    be reached. The request itself did no harm, and may be sent again.
+    """
+
+    is_unloaded = False
+    """Whether the server said that it has no such entry: it may have another in its place."""
 
 
 class TimedOut(ServerFault):

@@ -1,6 +1,7 @@
-"""The way to the inference server: the only importer of tritonclient, and the only mapper of its statuses.
+"""The way to the inference server, and the only mapper of its statuses.
 
-The server requests of one client request are sent at once over one long-lived gRPC channel.
+The server requests of one client request are sent at once over one long-lived gRPC channel. One that met a
+process that died is sent once more, to another server or when the model is back.
 """
 
 from __future__ import annotations
@@ -27,33 +28,34 @@ from backends.contract import (
     TOKEN_VECTORS,
     TOKENIZER_TIMES,
     ErrorCode,
-    PipelineParameter,
     RequestParameter,
     StageFailure,
-    entry_name,
     multimodal_name,
+    stage_of,
 )
 from gateway import phases
 from gateway.admission import Admission, AdmissionLimits
+from gateway.availability import Availability
 from gateway.batches import Answer, Array, Item, Part, cut, merge, size, tensors
 from gateway.context import current
-from gateway.errors import AnswerTooLarge, GatewayError, RefusedItem, ServerFault, TimedOut, Unavailable
+from gateway.errors import (
+    AnswerTooLarge,
+    GatewayError,
+    ModelLost,
+    RefusedItem,
+    ServerFault,
+    TimedOut,
+    Unavailable,
+)
+from gateway.inference_server import DEAD_STUB, NOT_LOADED, InferenceServer
 from gateway.lane import FreePass, Price, Ticket
-from gateway.pipeline import Pipeline, read_pipeline
+from gateway.pipeline import Pipeline
 from gateway.urgency import time_limit
 
 logger = logging.getLogger(__name__)
 
 Parameters = Mapping[str, str | int | bool]
 
-_CHANNEL_OPTIONS = [
-    # ColBERT answers of a full batch pass gRPC's 4 MB.
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    # A server that is started again is found within a second; gRPC would wait up to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-]
 _LARGE = frozenset({TOKEN_VECTORS, TOKEN_EMBEDDINGS})
 _LARGE_PARTS = 4
 # Enough to keep the image stage and the encoder busy.
@@ -62,10 +64,9 @@ _IMAGE_PARTS = 8
 _LARGE_REQUEST_BYTES = 32 * 2**20
 # A sparse weight becomes an object of 40 characters, four times what it takes of a dense vector.
 _JSON_WEIGHT = {SPARSE_INDICES: 4, SPARSE_WEIGHTS: 4}
-# A stub that died is noticed by nobody but the request that meets it; the model cannot answer until it is
-# loaded anew.
-_DEAD_STUB = re.compile(r"Stub process .* is not healthy")
 _PYTHON_FAULT = re.compile(r"(?s)(?<=message: )\w*(?:Error|Exception)\b.*")
+# Of a request that met a dead process it is tried once more.
+_ATTEMPTS = 2
 _NEVER = float("-inf")
 
 
@@ -99,20 +100,30 @@ class Inference(Protocol):
 
 
 class GrpcInference:
-    """Inference over the server's gRPC interface."""
+    """Inference over the gRPC interface of one server, or of several that serve the same."""
 
     def __init__(
-        self, server: str, timeout_s: float, max_answer_bytes: int, limits: AdmissionLimits | None = None
+        self,
+        addresses: Sequence[str],
+        timeout_s: float,
+        max_answer_bytes: int,
+        limits: AdmissionLimits | None = None,
+        repair_wait_s: float = 0.0,
     ) -> None:
+        """`addresses`: host:port of each server. Requests wait for a model that was lost until
+        `repair_wait_s` after its loss.
+        """
         self.admission = Admission(limits or AdmissionLimits())
-        self._client = server_client.InferenceServerClient(server, channel_args=_CHANNEL_OPTIONS)
-        self._server = server
+        self.servers = [InferenceServer(address) for address in addresses]
+        self.availability = Availability(repair_wait_s, [self._tell])
         self._timeout_s = timeout_s
         self._max_answer_bytes = max_answer_bytes
         self._last_success: dict[str, float] = {}
         self._image_turns: dict[str, asyncio.Semaphore] = {}
-        # Tasks that wait for a server request, by pipeline, and those that were told that it will not come.
-        self._waiting: dict[str, set[asyncio.Task[Any]]] = {}
+        self._known: dict[str, Pipeline] = {}
+        # Tasks that wait for a server request, by server and pipeline, and those that were told that it will
+        # not come.
+        self._waiting: dict[tuple[str, str], set[asyncio.Task[Any]]] = {}
         self._told: set[asyncio.Task[Any]] = set()
 
     def _turn(
@@ -126,24 +137,20 @@ class GrpcInference:
         return self._image_turns.setdefault(pipeline.name, asyncio.Semaphore(_IMAGE_PARTS))
 
     async def pipelines(self) -> list[Pipeline]:
-        try:
-            index = await self._client.get_model_repository_index(client_timeout=self._timeout_s)
-            # Entries of stages have a dot and the stage's name behind the pipeline's; only ensembles describe
-            # a model.
-            ready = [model.name for model in index.models if model.state == "READY"]
-            configs = await asyncio.gather(
-                *(self._client.get_model_config(name, client_timeout=self._timeout_s) for name in ready)
-            )
-        except InferenceServerException as error:
-            raise self._explain(error, self._server) from error
-        return sorted(
-            (
-                read_pipeline(answer.config)
-                for answer in configs
-                if PipelineParameter.TASKS in answer.config.parameters
-            ),
-            key=lambda pipeline: pipeline.name,
+        answers = await asyncio.gather(
+            *(server.pipelines(self._known, self._timeout_s) for server in self.servers),
+            return_exceptions=True,
         )
+        lists = [answer for answer in answers if isinstance(answer, list)]
+        if not lists:
+            error = next(answer for answer in answers if isinstance(answer, BaseException))
+            if not isinstance(error, InferenceServerException):
+                raise error
+            raise self._explain(error, self.servers[0].address) from error
+        # Where two servers do not agree, as while one of them is being given new weights, the first counts.
+        found = {pipeline.name: pipeline for pipelines in reversed(lists) for pipeline in pipelines}
+        self._known = found
+        return sorted(found.values(), key=lambda pipeline: pipeline.name)
 
     async def infer(
         self,
@@ -229,7 +236,51 @@ class GrpcInference:
         outputs: Sequence[str],
         parameters: Parameters,
     ) -> dict[str, Array]:
-        """One server request to an entry of the pipeline."""
+        """One server request to an entry of the pipeline; another where the first met a dead process."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            server = await self._choose(pipeline)
+            try:
+                return await self._send(server, pipeline, model, given, outputs, parameters)
+            except ModelLost as error:
+                newest = await self._newest(pipeline) if error.is_unloaded else pipeline
+                if newest.steps == pipeline.steps:
+                    self.availability.lose(server.address, pipeline.name, error.message)
+                else:
+                    # It was replaced while it served, and the entries that this one knew are gone for good.
+                    model = newest.entry(stage_of(pipeline.name, model)) if model in pipeline.steps else model
+                    pipeline = newest
+                if attempt == _ATTEMPTS:
+                    raise
+        raise AssertionError("not reached")
+
+    async def _newest(self, pipeline: Pipeline) -> Pipeline:
+        """The model as the server describes it now."""
+        with contextlib.suppress(GatewayError):
+            await self.pipelines()
+        return self._known.get(pipeline.name, pipeline)
+
+    async def _choose(self, pipeline: Pipeline) -> InferenceServer:
+        """Of the servers where the model answers the one with the fewest requests under way. Waits for one
+        that has lost it a moment ago.
+        """
+        context = current()
+        deadline = None if context is None else context.deadline
+        addresses = [server.address for server in self.servers]
+        usable = await self.availability.usable(pipeline.name, addresses, deadline)
+        if not usable:
+            raise _not_answering(pipeline.served_model_name)
+        able = (server for server in self.servers if server.address in usable)
+        return min(able, key=lambda server: len(self._waiting.get((server.address, pipeline.name), ())))
+
+    async def _send(
+        self,
+        server: InferenceServer,
+        pipeline: Pipeline,
+        model: str,
+        given: Mapping[str, Array],
+        outputs: Sequence[str],
+        parameters: Parameters,
+    ) -> dict[str, Array]:
         inputs = []
         for name, elements in given.items():
             tensor = server_client.InferInput(name, list(elements.shape), "BYTES")
@@ -237,11 +288,11 @@ class GrpcInference:
             inputs.append(tensor)
         task = asyncio.current_task()
         assert task is not None
-        waiting = self._waiting.setdefault(pipeline.name, set())
+        waiting = self._waiting.setdefault((server.address, pipeline.name), set())
         waiting.add(task)
         context = current()
         try:
-            result = await self._client.infer(
+            result = await server.client.infer(
                 model,
                 inputs,
                 request_id=context.request_id if context else "",
@@ -251,9 +302,6 @@ class GrpcInference:
                 client_timeout=self._timeout_s,
             )
         except InferenceServerException as error:
-            if _DEAD_STUB.search(error.message() or ""):
-                waiting.discard(task)
-                self._tell(waiting)
             raise self._explain(error, pipeline.served_model_name) from error
         except asyncio.CancelledError:
             if task not in self._told:
@@ -266,9 +314,9 @@ class GrpcInference:
         self._last_success[model] = time.monotonic()
         return {name: result.as_numpy(name) for name in outputs}
 
-    def _tell(self, waiting: set[asyncio.Task[Any]]) -> None:
+    def _tell(self, address: str, model: str, is_first: bool) -> None:
         """Ends the wait for a process that died: what it had taken in is answered by nobody (server 2.51)."""
-        for task in waiting - self._told:
+        for task in self._waiting.get((address, model), set()) - self._told:
             self._told.add(task)
             task.cancel()
 
@@ -277,7 +325,7 @@ class GrpcInference:
             self._last_success.get(entry, _NEVER)
             for entry in (
                 pipeline.name,
-                entry_name(pipeline.name, "image"),
+                pipeline.entry("image"),
                 multimodal_name(pipeline.name),
             )
         )
@@ -287,7 +335,7 @@ class GrpcInference:
         return None if last == _NEVER else last
 
     async def close(self) -> None:
-        await self._client.close()
+        await asyncio.gather(*(server.close() for server in self.servers))
 
     def _explain(self, error: InferenceServerException, subject: str) -> GatewayError:
         """A status of the server -> the error that the client sees."""
@@ -302,18 +350,22 @@ class GrpcInference:
             return TimedOut(f"{subject}: {failure.message}") if limit is None else limit.error(subject)
         if failure is not None and failure.code is not ErrorCode.INTERNAL:
             return RefusedItem(failure.message, item=failure.item, reason=failure.code)
-        if failure is None and _DEAD_STUB.search(message):
+        if failure is None and DEAD_STUB.search(message):
             logger.debug("%s: %s", subject, message)
             return _not_answering(subject)
         if status == _status(grpc.StatusCode.DEADLINE_EXCEEDED):
             return TimedOut(
                 f"{subject} did not answer within {self._timeout_s:g} s; send fewer or shorter inputs"
             )
+        if status == _status(grpc.StatusCode.NOT_FOUND) or (
+            status == _status(grpc.StatusCode.UNAVAILABLE) and NOT_LOADED.search(message)
+        ):
+            lost = ModelLost(f"the model {subject} is not loaded at the moment; try again in a while")
+            lost.is_unloaded = True
+            return lost
         if status == _status(grpc.StatusCode.UNAVAILABLE):
             logger.debug("%s: %s", subject, message)
-            return Unavailable("the inference server cannot be reached at the moment; try again in a while")
-        if status == _status(grpc.StatusCode.NOT_FOUND):
-            return Unavailable(f"the model {subject} is not loaded at the moment; try again in a while")
+            return ModelLost("the inference server cannot be reached at the moment; try again in a while")
         # What a stage's exception says may be a piece of a text.
         logger.error(
             "%s: %s %s", subject, status, _PYTHON_FAULT.sub("(the server's log tells more)", message)
@@ -354,8 +406,8 @@ async def _all_or_fault(
     return [answer for answer in answers if isinstance(answer, (dict, RefusedItem))]
 
 
-def _not_answering(subject: str) -> Unavailable:
-    return Unavailable(f"the model {subject} does not answer at the moment; try again in a while")
+def _not_answering(subject: str) -> ModelLost:
+    return ModelLost(f"the model {subject} does not answer at the moment; try again in a while")
 
 
 def _too_large(max_bytes: int) -> AnswerTooLarge:
@@ -372,7 +424,7 @@ def _status(code: grpc.StatusCode) -> str:
 def _entry(pipeline: Pipeline, stage: str | None, *, has_images: bool) -> str:
     """Who answers a server request."""
     if stage is not None:
-        return entry_name(pipeline.name, stage)
+        return pipeline.entry(stage)
     return multimodal_name(pipeline.name) if has_images else pipeline.name
 
 

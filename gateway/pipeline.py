@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from backends.contract import ENCODER_TIMES, PipelineParameter, Task
+from backends.contract import ENCODER_TIMES, PipelineParameter, Task, entry_name, stage_of
 
 # How the reference of a checkpoint of the hub begins, before its id and its commit.
 _HUB = "hub:"
@@ -61,6 +62,13 @@ class Pipeline:
     """The name of the prompt that its items stand in."""
     tells_times: bool = False
     """Whether its stages tell when they had a request; entries of an earlier version do not."""
+    steps: tuple[str, ...] = ()
+    """The entries of its stages, as its ensembles name them."""
+
+    def entry(self, stage: str) -> str:
+        """The entry of one of its stages."""
+        own = (step for step in self.steps if stage_of(self.name, step) == stage)
+        return next(own, entry_name(self.name, stage))
 
     @property
     def other_names(self) -> frozenset[str]:
@@ -73,8 +81,9 @@ class Pipeline:
         return frozenset({origin, self.chat_template}) - {""}
 
 
-def read_pipeline(config: Any) -> Pipeline:
-    """The server's ModelConfig of a pipeline's ensemble -> what it says."""
+def read_pipeline(config: Any, others: Iterable[Any] = ()) -> Pipeline:
+    """The server's ModelConfig of a pipeline's ensemble, and of others over its stages -> what it says."""
+    steps = (step.model_name for one in (config, *others) for step in one.ensemble_scheduling.step)
     parameters = {name: value.string_value for name, value in config.parameters.items()}
     dimensions = parameters.get(PipelineParameter.DIMENSIONS)
     return Pipeline(
@@ -105,4 +114,5 @@ def read_pipeline(config: Any) -> Pipeline:
         max_image_tokens=int(parameters.get(PipelineParameter.MAX_IMAGE_TOKENS, 0)),
         chat_template=parameters.get(PipelineParameter.CHAT_TEMPLATE, ""),
         tells_times=any(output.name == ENCODER_TIMES for output in config.output),
+        steps=tuple(dict.fromkeys(steps)),
     )

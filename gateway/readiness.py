@@ -1,7 +1,9 @@
-"""Knows of every model whether it answers: by its traffic, and without traffic by a canary inference.
+"""Knows of every model whether it answers: by the pings of its stages, by its traffic, and without traffic by
+a canary inference.
 
-The server's own health endpoints stay green when the process behind a model has died (2.51), so nothing but
-an inference tells.
+The server's own health endpoints stay green when the process behind a model has died (2.51). Pings
+(`stage_watch.py`) tell that within a second or two; that the stages together give an answer only an inference
+tells.
 """
 
 from __future__ import annotations
@@ -9,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from backends.contract import IMAGE_GRID, TASK_OUTPUTS, RequestParameter
 from gateway.batches import Content
 from gateway.catalog import Catalog
+from gateway.drain import Drain
 from gateway.errors import GatewayError
 from gateway.inference import Inference
 from gateway.pipeline import Pipeline
@@ -52,9 +55,17 @@ class Report:
 class Readiness:
     """Runs for the lifetime of the gateway."""
 
-    def __init__(self, inference: Inference, catalog: Catalog, interval_s: float, patience_s: float) -> None:
+    def __init__(
+        self,
+        inference: Inference,
+        catalog: Catalog,
+        interval_s: float,
+        patience_s: float,
+        stage_fault: Callable[[Pipeline], str | None] = lambda pipeline: None,
+        drain: Drain | None = None,
+    ) -> None:
         """A model without traffic is asked every `interval_s`, and believed for `patience_s` after its last
-        answer.
+        answer, unless `stage_fault` says why a stage of it does not answer.
 
         The patience is for models that are busy: a canary waits in the same queue as everybody's work.
         """
@@ -62,6 +73,8 @@ class Readiness:
         self._catalog = catalog
         self._interval_s = interval_s
         self._patience_s = patience_s
+        self._stage_fault = stage_fault
+        self._drain = drain or Drain()
         self._reason: str | None = "no model was looked at yet"
         self._failures: dict[str, str] = {}
         self._canaries: dict[str, asyncio.Task[None]] = {}
@@ -76,7 +89,8 @@ class Readiness:
             # Without the server no model answers, whatever it did a moment ago.
             models[name] = models.get(name) or self._reason or self._fault(pipeline)
         failed = {p.served_model_name for p in self._catalog.pipelines if p.name in self._failures}
-        return Report(models, frozenset(failed), self._reason)
+        reason = "this gateway is stopping" if self._drain.has_begun else self._reason
+        return Report(models, frozenset(failed), reason)
 
     async def watch(self) -> None:
         """Looks at the models for ever, more often while one of them does not answer."""
@@ -154,6 +168,8 @@ class Readiness:
         return None
 
     def _fault(self, pipeline: Pipeline) -> str | None:
+        if (fault := self._stage_fault(pipeline)) is not None:
+            return fault
         if pipeline.name in self._failures:
             return self._failures[pipeline.name]
         last = self._inference.last_success(pipeline)

@@ -22,10 +22,14 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(30000, ge=0, le=65535)
+    reuse_port: bool = False
+    """Whether other gateways with this setting may listen on the same port, so that one takes over from
+    another.
+    """
     workers: int = Field(1, ge=1, le=64)
     """Processes that answer HTTP on the port; what is limited is limited for each."""
     server: str = "127.0.0.1:8001"
-    """host:port of the inference server's gRPC interface."""
+    """host:port of the inference server's gRPC interface; of several, with commas between them."""
     api_key: SecretStr | None = None
     """One key that opens everything but metrics and admin routes; `gateway/keys.py` says what a key is."""
     api_keys_file: Path | None = None
@@ -108,6 +112,14 @@ class Settings(BaseSettings):
     """How often a model without traffic is asked whether it still answers."""
     patience_s: float = Field(60.0, gt=0)
     """How long a busy model may be silent before /ready doubts it; one that fails is told at once."""
+    ping_interval_s: float = Field(0.5, gt=0)
+    """How often every stage of every model is asked whether its process is there."""
+    hang_timeout_s: float = Field(2.0, gt=0)
+    """How long a stage that should answer at once may be silent before it is taken for dead; one that
+    computes in the meantime has `patience_s`.
+    """
+    repair_wait_s: float = Field(30.0, ge=0)
+    """How long after the loss of a model requests wait until it is back, before they fail with 503."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     access_log: bool = False
@@ -121,7 +133,7 @@ class Settings(BaseSettings):
     multiprocess_folder: Path | None = Field(None, validation_alias="PROMETHEUS_MULTIPROC_DIR")
     """Where several workers keep the numbers for /metrics; made at start where there are several."""
     drain_timeout_s: int = Field(30, ge=1)
-    """How long a stopping gateway waits for the requests that it has accepted."""
+    """How long a stopping gateway works on the requests that it has accepted; the rest gets 503."""
 
     @field_validator("image_hosts")
     @classmethod
@@ -157,6 +169,22 @@ class Settings(BaseSettings):
             {Lane.INTERACTIVE: self.max_queued_tokens, Lane.BULK: self.max_queued_bulk_tokens},
             self.max_queued_bytes,
         )
+
+    @field_validator("server")
+    @classmethod
+    def _check_server(cls, text: str) -> str:
+        for address in text.split(","):
+            host, _, port = address.strip().rpartition(":")
+            if not host or not port.isdecimal():
+                raise ValueError(
+                    f"{address.strip()!r} is no host:port; with several, put commas between them"
+                )
+        return text
+
+    @property
+    def servers(self) -> list[str]:
+        """host:port of each inference server."""
+        return [address.strip() for address in self.server.split(",")]
 
     @property
     def fetches_images(self) -> bool:

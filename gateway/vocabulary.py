@@ -19,12 +19,12 @@ class Vocabulary:
 
     def __init__(self, inference: Inference) -> None:
         self._inference = inference
-        self._texts: dict[tuple[str, str], dict[int, str]] = {}
+        self._texts: dict[tuple[str, str, tuple[str, ...]], dict[int, str]] = {}
 
     async def texts(self, pipeline: Pipeline, ids: Sequence[int]) -> dict[int, str]:
         """What each id alone decodes to, and maybe more ids. Raises GatewayError."""
-        # A model of the same name that comes from elsewhere is another one.
-        known = self._texts.setdefault((pipeline.name, pipeline.checkpoint), {})
+        # A model of the same name that comes from elsewhere, or that was loaded anew, is another one.
+        known = self._texts.setdefault((pipeline.name, pipeline.checkpoint, pipeline.steps), {})
         missing = sorted(set(ids) - known.keys())
         for start in range(0, len(missing), _MAX_IDS):
             wanted = missing[start : start + _MAX_IDS]

@@ -74,9 +74,12 @@ def offenders(folder: str, forbidden: str, excepted: tuple[str, ...] = ()) -> li
         ("gateway/batches.py", r"gateway\.(?!pipeline)", ()),
         (
             "gateway/inference.py",
-            r"gateway\.(?!admission|batches|context|errors|lane|phases|pipeline|urgency)",
+            r"gateway\.(?!admission|availability|batches|context|errors|inference_server|lane|phases|pipeline"
+            "|urgency)",
             (),
         ),
+        ("gateway/availability.py", "gateway|backends", ()),
+        ("gateway/inference_server.py", r"gateway\.(?!pipeline)", ()),
         ("gateway/admission.py", r"gateway\.(?!context|errors|lane|throughput)", ()),
         ("gateway/lane.py", r"gateway\.(?!context|places)", ()),
         ("gateway/urgency.py", r"fastapi|starlette|gateway\.(?!context|errors)", ()),
@@ -106,7 +109,11 @@ def offenders(folder: str, forbidden: str, excepted: tuple[str, ...] = ()) -> li
         ("gateway/", "yarl", ("gateway/image_fetcher.py",)),
         # The contract is all that the gateway knows of the other side, and torch stays out of its process.
         ("gateway/", r"torch|transformers|kernels|triton_embeddings|backends\.(?!contract)", ()),
-        ("gateway/", "tritonclient|grpc", ("gateway/inference.py",)),
+        (
+            "gateway/",
+            "tritonclient|grpc",
+            ("gateway/inference.py", "gateway/inference_server.py"),
+        ),
         ("gateway/tasks.py", "fastapi|starlette|tritonclient|grpc", ()),
         ("gateway/endpoints/", "numpy.typing|tritonclient", ()),
         ("scripts/", "torch|transformers", ()),

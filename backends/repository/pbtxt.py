@@ -25,7 +25,10 @@ _HOST_INPUTS = "FORCE_CPU_ONLY_INPUT_TENSORS"
 def stage_config(pipeline: PipelineSpec, stage: StageSpec) -> str:
     """config.pbtxt of one stage."""
     config = _config(
-        entry_name(pipeline.name, stage.stage), pipeline.max_batch_size, stage.inputs, stage.outputs
+        entry_name(pipeline.name, stage.stage, pipeline.generation),
+        pipeline.max_batch_size,
+        stage.inputs,
+        stage.outputs,
     )
     config.backend = "python"
     # An empty dynamic_batching has no delay: a batch forms while the stage works on the one before, and a
@@ -55,6 +58,20 @@ def ensemble_config(pipeline: PipelineSpec) -> str:
     return _text(config)
 
 
+def trial_config(pipeline: PipelineSpec) -> str:
+    """config.pbtxt of an ensemble over new entries that nobody is told of: it is asked once before they take
+    the place of others.
+    """
+    return _text(
+        _ensemble(pipeline, trial_name(pipeline), pipeline.inputs, pipeline.outputs, pipeline.stages)
+    )
+
+
+def trial_name(pipeline: PipelineSpec) -> str:
+    """Its name."""
+    return entry_name(pipeline.name, "trial", pipeline.generation)
+
+
 def multimodal_config(pipeline: PipelineSpec) -> str:
     """config.pbtxt of the second ensemble of a model of texts and images: it begins with the image stage."""
     assert pipeline.image_stage is not None
@@ -78,7 +95,7 @@ def _ensemble(
     made = {spec.name for spec in inputs}
     for stage in stages:
         step = config.ensemble_scheduling.step.add(
-            model_name=entry_name(pipeline.name, stage.stage), model_version=-1
+            model_name=entry_name(pipeline.name, stage.stage, pipeline.generation), model_version=-1
         )
         for spec in stage.inputs:
             if spec.name in made or not spec.is_optional:

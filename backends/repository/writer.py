@@ -57,7 +57,7 @@ def render(pipeline: PipelineSpec) -> dict[str, str]:
         files[f"{second}/1/.gitkeep"] = ""
         stages = (*stages, pipeline.image_stage)
     for stage in stages:
-        entry = entry_name(pipeline.name, stage.stage)
+        entry = entry_name(pipeline.name, stage.stage, pipeline.generation)
         module, _, name = stage.stage_class.rpartition(".")
         files[f"{entry}/config.pbtxt"] = stage_config(pipeline, stage)
         files[f"{entry}/1/model.py"] = _MODEL.format(
@@ -75,7 +75,7 @@ def write(repository: Path, pipeline: PipelineSpec) -> None:
     repository.mkdir(parents=True, exist_ok=True)
     files = render(pipeline)
     new = {path.split("/")[0] for path in files}
-    old = _entries_of(repository, pipeline.name)
+    old = entries_of(repository, pipeline.name)
     for entry in sorted(new - old):
         if (repository / entry).exists():
             raise CheckpointError(
@@ -94,7 +94,7 @@ def write(repository: Path, pipeline: PipelineSpec) -> None:
             shutil.move(Path(folder) / entry, repository / entry)
 
 
-def _entries_of(repository: Path, name: str) -> set[str]:
+def entries_of(repository: Path, name: str) -> set[str]:
     """The folders of a pipeline that are there: the ensemble's and its steps'."""
     names: set[str] = set()
     for ensemble in (name, multimodal_name(name)):
@@ -119,7 +119,7 @@ def remove(repository: Path, name: str) -> None:
     if name not in known:
         names = ", ".join(known) or "nothing"
         raise CheckpointError(f"{repository} has no model {name!r}; it holds {names}")
-    for entry in sorted(_entries_of(repository, name), key=lambda entry: entry != name):
+    for entry in sorted(entries_of(repository, name), key=lambda entry: entry != name):
         shutil.rmtree(repository / entry)
 
 

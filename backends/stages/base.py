@@ -103,6 +103,11 @@ class StageRequest:
         """What the client calls it, as the gateway does by its x-request-id."""
         return self._request.request_id() or "without an id"
 
+    @property
+    def is_ping(self) -> bool:
+        """Whether it only asks if anybody is there."""
+        return bool(self.parameters.get(RequestParameter.PING))
+
     def array(self, name: str) -> npt.NDArray[Any]:
         """An input as numpy, with its batch dimension; STRING elements are bytes."""
         return _to_host(self._input(name))
@@ -184,16 +189,24 @@ class Stage(ABC):
         still runs, so that their memory is free and the next stage begins; None stands in their place
         (server 2.51).
         """
-        batch = [StageRequest(request) for request in requests]
-        responses = [_refuse_late(request) for request in batch]
-        timely = [i for i, refusal in enumerate(responses) if refusal is None]
-        groups = [[timely[i] for i in group] for group in self.cut([batch[i] for i in timely])]
-        for group in filter(None, groups):
+        responses: list[Any] = [None] * len(requests)
+        batch: list[StageRequest] = []
+        places: list[int] = []
+        for place, request in enumerate(map(StageRequest, requests)):
+            if request.is_ping:
+                respond(request, {})
+            elif (refusal := _refuse_late(request)) is not None:
+                responses[place] = refusal
+            else:
+                batch.append(request)
+                places.append(place)
+        groups = self.cut(batch) if batch else []
+        for group in groups:
             answers = self._run_group([batch[i] for i in group])
             for i, answer in zip(group, answers, strict=True):
                 response = _response(batch[i], answer)
                 if group is groups[-1]:
-                    responses[i] = response
+                    responses[places[i]] = response
                 else:
                     batch[i].send(response)
             del answers, answer, response

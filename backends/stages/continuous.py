@@ -104,6 +104,9 @@ class ContinuousStage(Stage, Generic[W]):
         """Called by the server with the requests of one batch, which are answered later."""
         for one in requests:
             request = StageRequest(one)
+            if request.is_ping:
+                respond(request, {})
+                continue
             try:
                 request.check_deadline()
                 job = self.admit(request)

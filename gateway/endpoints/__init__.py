@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from gateway.endpoints import classify, cohere, hybrid, openai, operations, rerank, rtp_llm, score, tei
+from gateway.endpoints import admin, classify, cohere, hybrid, openai, operations, rerank, rtp_llm, score, tei
 from gateway.endpoints.dialect import Dialect
 
+ADMIN = "admin"
+"""The one that is there only where the settings say so."""
 DIALECTS: dict[str, Dialect] = {
     "openai": openai.DIALECT,
     "hybrid": hybrid.DIALECT,
@@ -15,6 +17,7 @@ DIALECTS: dict[str, Dialect] = {
     "score": score.DIALECT,
     "classify": classify.DIALECT,
     "operations": operations.DIALECT,
+    ADMIN: admin.DIALECT,
 }
 
 DEFAULT_DIALECT = openai.DIALECT

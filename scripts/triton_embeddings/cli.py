@@ -26,6 +26,7 @@ from triton_embeddings.addresses import LOOPBACK, Addresses
 from triton_embeddings.errors import CommandError
 from triton_embeddings.flags import rewrite
 from triton_embeddings.launch import launch
+from triton_embeddings.live import LiveServer
 from triton_embeddings.process import Stop
 from triton_embeddings.server_binary import scratch_directory
 
@@ -139,6 +140,17 @@ MaxImageTokens = Annotated[
     typer.Option(help="Tokens of one image, at most. Default: 1280 of GME, 1800 of Qwen3-VL-Embedding."),
 ]
 MaxContextBatchSize = Annotated[int | None, typer.Option(hidden=True)]
+Live = Annotated[
+    bool,
+    typer.Option(
+        "--live",
+        help="Change the server that runs, too: new weights serve before the old ones go, and no request "
+        "fails.",
+    ),
+]
+LiveGrpcPort = Annotated[
+    int | None, typer.Option(min=1, max=65535, help="With --live: tritonserver's gRPC port. Default: 8001.")
+]
 AllowImageUrls = Annotated[
     bool | None,
     typer.Option("--allow-image-urls", help="Fetch images that requests name by URL, from public addresses."),
@@ -154,6 +166,7 @@ ImageHosts = Annotated[
 # What a head serves, in the words of the API.
 _SERVED = {"dense": "embed", "sparse": "sparse", "colbert": "colbert", "tokens": "tokens", "logits": "score"}
 _PORT: dict[str, Any] = {"min": 0, "max": 65535}
+_GRPC_PORT = 8001
 _CHECKPOINT_HELP = "A directory, package:PACKAGE/PATH, or an id of the Hugging Face hub."
 
 
@@ -202,14 +215,20 @@ def add(
     max_image_tokens: MaxImageTokens = None,
     trust_remote_code: TrustRemoteCode = None,
     max_context_batch_size: MaxContextBatchSize = None,
+    live: Live = False,
+    grpc_port: LiveGrpcPort = None,
 ) -> None:
     """Write the model repository's entries of a checkpoint; its weights stay where they are."""
     options = _given(locals())
-    repository = model_repository or models.default_repository()
-    is_replaced = any(
-        entry.name == (name or default_name(checkpoint)) for entry in list_pipelines(repository)
-    )
-    pipeline = models.add(repository, checkpoint, name, options)
+    if live:
+        with LiveServer(grpc_port or _GRPC_PORT, model_repository) as server:
+            pipeline, is_replaced = server.add(checkpoint, name, options)
+    else:
+        repository = model_repository or models.default_repository()
+        is_replaced = any(
+            entry.name == (name or default_name(checkpoint)) for entry in list_pipelines(repository)
+        )
+        pipeline = models.add(repository, checkpoint, name, options)
     facts = pipeline.parameters
     size = facts.get(PipelineParameter.DIMENSIONS)
     console.print(
@@ -226,9 +245,15 @@ def add(
 def remove(
     name: Annotated[str, typer.Argument(help="The model's name, as `list` shows it.")],
     model_repository: Repository = None,
+    live: Live = False,
+    grpc_port: LiveGrpcPort = None,
 ) -> None:
     """Delete the model repository's entries of a model; its checkpoint stays."""
-    remove_pipeline(model_repository or models.default_repository(), name)
+    if live:
+        with LiveServer(grpc_port or _GRPC_PORT, model_repository) as server:
+            server.remove(name)
+    else:
+        remove_pipeline(model_repository or models.default_repository(), name)
     console.print(f"removed {name}")
 
 
@@ -279,7 +304,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address of the gateway; 0.0.0.0 is every interface.")] = LOOPBACK,
     port: Annotated[int, typer.Option(**_PORT, help="Port of the gateway; 0 is any free one.")] = 30000,
     http_port: Annotated[int, typer.Option(**_PORT, help="tritonserver's HTTP port.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(**_PORT, help="tritonserver's gRPC port.")] = 8001,
+    grpc_port: Annotated[int, typer.Option(**_PORT, help="tritonserver's gRPC port.")] = _GRPC_PORT,
     metrics_port: Annotated[int, typer.Option(**_PORT, help="tritonserver's metrics port.")] = 8002,
     allow_image_urls: AllowImageUrls = None,
     image_hosts: ImageHosts = None,

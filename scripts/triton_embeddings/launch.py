@@ -1,4 +1,6 @@
-"""Starts the server and the gateway, waits until a real inference has answered, and stops both in order."""
+"""Starts the server and the gateway, waits until a real inference has answered, starts again what dies after
+that, and stops both in order.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ from rich.table import Table
 from gateway.access import Access, is_loopback
 from triton_embeddings.addresses import LOOPBACK, Addresses
 from triton_embeddings.errors import CommandError
+from triton_embeddings.live import note_repository
 from triton_embeddings.preflight import check_packages, check_paths, check_strangers, read_gateway_settings
 from triton_embeddings.process import Child, Stop
 from triton_embeddings.server_binary import find_server, state_directory
 from triton_embeddings.server_log import explain_exit
+from triton_embeddings.supervisor import Supervised
 
 _POLL_INTERVAL_S = 0.1
 # The gateway is drained by then. Server 2.51 always waits this long when a process of a model died.
@@ -54,7 +58,8 @@ _SHARED_MEMORY = Path("/dev/shm")
 def launch(
     repository: Path, addresses: Addresses, console: Console, stop: Stop, flags: Mapping[str, str]
 ) -> None:
-    """Serves until it is told to stop. Raises CommandError when something does not start, or dies.
+    """Serves until it is told to stop. Raises CommandError when something does not start, or dies again and
+    again.
 
     `flags` are settings of the gateway that stand on the command line, by the names that they have in
     `gateway/settings.py`.
@@ -73,6 +78,8 @@ def launch(
     prefix = f"triton_embeddings_{os.getpid()}_"
     with ExitStack() as stack:
         stack.callback(_clear_shared_memory, prefix)
+        note = note_repository(addresses.grpc_port, repository)
+        stack.callback(note.unlink, missing_ok=True)
         output = stack.enter_context(log.open("wb"))
         command: list[str | Path] = [
             server.path,
@@ -81,23 +88,31 @@ def launch(
             *_trace_arguments(settings.traces_url),
         ]
         # Not in the checkout: the Python backend puts the working directory before the installed packages.
-        triton = stop.watch_over(Child("tritonserver", command, server.environment, output, folder=state))
+        triton = Supervised(
+            lambda: Child("tritonserver", command, server.environment, output, folder=state),
+            stop,
+            lambda child: _explain(child, log),
+            lambda: _clear_shared_memory(prefix),
+        )
         stack.callback(triton.stop, _SERVER_EXIT_TIMEOUT_S + 5)
         gateway_command = [sys.executable, "-m", "gateway"]
-        gateway = stop.watch_over(
-            Child(
-                "gateway", gateway_command, gateway_environment(addresses, flags, starter_key), folder=state
-            )
+        environment = gateway_environment(addresses, flags, starter_key)
+        gateway = Supervised(
+            lambda: Child("gateway", gateway_command, environment, folder=state),
+            stop,
+            lambda child: _explain(child, log),
         )
         # Entered last, so left first: the gateway finishes its requests while the server still answers them.
         stack.callback(gateway.stop, settings.drain_timeout_s + 5)
         started = time.monotonic()
         with console.status("loading the models") if console.is_terminal else nullcontext():
-            is_ready = _wait_until_ready(addresses, (triton, gateway), log, stop)
+            is_ready = _wait_until_ready(addresses, (triton.child, gateway.child), log, stop)
         if is_ready:
             console.print(f"loaded in {time.monotonic() - started:.1f} s")
             _introduce(console, addresses, log, access, starter_key)
-            _wait_for_the_end((triton, gateway), log, stop)
+            while not stop.wait(_POLL_INTERVAL_S):
+                triton.look()
+                gateway.look()
         console.print(
             "stopping: the gateway finishes its requests, then the server ends (Ctrl-C again: at once)",
             soft_wrap=True,
@@ -118,6 +133,9 @@ def _server_arguments(repository: Path, addresses: Addresses, shared_memory_pref
         f"--grpc-port={addresses.grpc_port}",
         f"--metrics-address={LOOPBACK}",
         f"--metrics-port={addresses.metrics_port}",
+        # Without it every process of a stage is started twice, at first to ask it for its configuration,
+        # which ours have whole: half of the time of a start, and of a repair.
+        "--disable-auto-complete-config",
         f"--exit-timeout-secs={_SERVER_EXIT_TIMEOUT_S}",
         f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix}",
     ]
@@ -149,6 +167,8 @@ def gateway_environment(
         **({"GATEWAY_STARTER_KEY": starter_key} if starter_key else {}),
         "GATEWAY_SERVER": f"{LOOPBACK}:{addresses.grpc_port}",
         "GATEWAY_SERVER_METRICS": f"{LOOPBACK}:{addresses.metrics_port}",
+        # A second gateway may take over.
+        "GATEWAY_REUSE_PORT": "true",
         "GATEWAY_LOG_LEVEL": os.environ.get("GATEWAY_LOG_LEVEL", "warning"),
     }
 
@@ -177,15 +197,15 @@ def _wait_until_ready(addresses: Addresses, children: Sequence[Child], log: Path
     raise CommandError(f"the models did not answer within {_START_TIMEOUT_S} s; the server's log is {log}")
 
 
-def _wait_for_the_end(children: Sequence[Child], log: Path, stop: Stop) -> None:
-    while not stop.wait(_POLL_INTERVAL_S):
-        _check_alive(children, log)
-
-
 def _check_alive(children: Sequence[Child], log: Path) -> None:
     for child in children:
         if child.exit_code is not None:
-            raise CommandError(explain_exit(child.name, child.exit_code, log))
+            raise CommandError(_explain(child, log))
+
+
+def _explain(child: Child, log: Path) -> str:
+    assert child.exit_code is not None
+    return explain_exit(child.name, child.exit_code, log)
 
 
 def _get(addresses: Addresses, path: str, key: str = "") -> tuple[int, dict[str, Any]]:

@@ -50,6 +50,13 @@ def plan(
 
 def add(repository: Path, checkpoint: str, name: str | None, options: Mapping[str, Any]) -> PipelineSpec:
     """Writes the entries of a checkpoint. Raises BackendError, or CommandError for a name that is taken."""
+    pipeline = plan_new(repository, checkpoint, name, options)
+    write(repository, pipeline)
+    return pipeline
+
+
+def plan_new(repository: Path, checkpoint: str, name: str | None, options: Mapping[str, Any]) -> PipelineSpec:
+    """The entries that would be written. Raises as `add` does."""
     given = dict(options)
     batch = given.pop("max_context_batch_size", None)
     pipeline = plan(
@@ -59,7 +66,6 @@ def add(repository: Path, checkpoint: str, name: str | None, options: Mapping[st
     for entry in list_pipelines(repository):
         if entry.name != pipeline.name and served in (entry.name, entry.served_model_name):
             raise CommandError(f"the model {entry.name} is served as {served!r} already; give another name")
-    write(repository, pipeline)
     return pipeline
 
 

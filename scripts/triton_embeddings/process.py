@@ -81,6 +81,10 @@ class Stop:
         self._children.append(child)
         return child
 
+    def forget(self, child: Child) -> None:
+        """It has ended by itself."""
+        self._children.remove(child)
+
     def _set(self, number: int, frame: FrameType | None) -> None:
         if self._event.is_set():
             for child in self._children:

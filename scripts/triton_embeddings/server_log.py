@@ -12,8 +12,11 @@ _MISSING_STEP = re.compile(
 
 
 def explain_exit(name: str, exit_code: int, log: Path) -> str:
-    """Why a child ended: of the server, the model that could not be loaded, if its log tells of one."""
-    if name == "tritonserver" and log.is_file():
+    """Why a child ended: of a server that gave up, the model that could not be loaded, if its log tells of
+    one.
+    """
+    was_killed = exit_code < 0
+    if name == "tritonserver" and log.is_file() and not was_killed:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             found = _LOAD_ERROR.search(line)
             if found:

@@ -457,3 +457,36 @@ def test_a_broken_checkpoint_is_the_server_s_own_exception_in_one_line(path):
     with pytest.raises(TritonModelException, match=r"has no config\.json") as caught:
         start(TokenizerStage(), path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_ping_is_answered_without_outputs_beside_the_others_of_its_batch(path):
+    stage = start(TokenizerStage(), path)
+    first, ping, second = answers(stage, [text("a b"), text("", ping=True), text("c")])
+    assert first.value("length").tolist() == [[4]]
+    assert second.value("length").tolist() == [[3]]
+    assert ping.error is None
+    assert ping.output_tensors == []
+    (alone,) = answers(stage, [text("", ping=True)])
+    assert alone.output_tensors == []
+
+
+def test_the_encoder_answers_a_ping_while_it_computes(path):
+    stage = start(EncoderStage(), path, dtype="float32", threads="1")
+    may_go_on = threading.Event()
+    compute = stage.compute
+
+    def wait_and_compute(pieces):
+        assert may_go_on.wait(60)
+        return compute(pieces)
+
+    stage.compute = wait_and_compute
+    rows = {"input_ids": np.full((1, 3), 5, np.int32), "length": np.array([[3]], np.int32)}
+    asked = Request(rows)
+    stage.execute([asked])
+    empty = {"input_ids": np.empty((1, 0), np.int32), "length": np.empty((1, 0), np.int32)}
+    (pong,) = answers(stage, [Request(empty, {"ping": True})])
+    assert pong.output_tensors == []
+    assert not asked.is_sent.is_set(), "it still computes"
+    may_go_on.set()
+    assert asked.is_sent.wait(60)
+    stage.finalize()

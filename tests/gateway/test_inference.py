@@ -20,7 +20,7 @@ from backends.contract import (
     ErrorCode,
 )
 from gateway.batches import Content
-from gateway.errors import AnswerTooLarge, RefusedItem, ServerFault, TimedOut, Unavailable
+from gateway.errors import AnswerTooLarge, ModelLost, RefusedItem, ServerFault, TimedOut
 from gateway.inference import GrpcInference
 from gateway.pipeline import read_pipeline
 from tests.support.fake_inference import MULTIMODAL, PIPELINE
@@ -36,15 +36,15 @@ from tests.support.fake_inference import MULTIMODAL, PIPELINE
             ServerFault,
             "the server's log tells why",
         ),
-        ("INTERNAL", "Stub process 'a.encoder_0_0' is not healthy.", Unavailable, "m does not answer"),
-        ("UNAVAILABLE", "failed to connect to all addresses", Unavailable, "cannot be reached"),
+        ("INTERNAL", "Stub process 'a.encoder_0_0' is not healthy.", ModelLost, "m does not answer"),
+        ("UNAVAILABLE", "failed to connect to all addresses", ModelLost, "cannot be reached"),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", TimedOut, "within 2.5 s"),
-        ("NOT_FOUND", "Request for unknown model: 'a' is not found", Unavailable, "m is not loaded"),
+        ("NOT_FOUND", "Request for unknown model: 'a' is not found", ModelLost, "m is not loaded"),
         ("UNKNOWN", "secret detail", ServerFault, "the server's log tells why"),
     ],
 )
 async def test_statuses_of_the_server(status, message, kind, text):
-    inference = GrpcInference("127.0.0.1:9", 2.5, 1000)
+    inference = GrpcInference(["127.0.0.1:9"], 2.5, 1000)
     error = inference._explain(InferenceServerException(message, f"StatusCode.{status}"), "m")
     await inference.close()
     assert type(error) is kind
@@ -58,7 +58,7 @@ class CannedInference(GrpcInference):
     """Answers of the server as it would pack them: an item of n bytes has n values, all of them n."""
 
     def __init__(self, max_answer_bytes=10**6):
-        super().__init__("127.0.0.1:9", 1, max_answer_bytes)
+        super().__init__(["127.0.0.1:9"], 1, max_answer_bytes)
         self.running = 0
         self.most = 0
         self.asked = []
@@ -144,9 +144,9 @@ class CannedClient:
 
 @pytest.fixture
 async def canned():
-    inference = GrpcInference("127.0.0.1:9", 1, 10**6)
-    await inference._client.close()
-    inference._client = CannedClient()
+    inference = GrpcInference(["127.0.0.1:9"], 1, 10**6)
+    await inference.servers[0].close()
+    inference.servers[0].client = CannedClient()
     return inference
 
 
@@ -156,7 +156,7 @@ MIXED = [b"text", Content(b"", (b"1",)), b"more", Content(b"both", (b"2", b"3"))
 async def test_texts_pass_no_image_stage_and_images_do(canned):
     answer = await canned.infer(MULTIMODAL, MIXED, [N_TOKENS], {"role": "query"})
     assert answer[N_TOKENS][:, 0].tolist() == [4, 0, 4, 4]
-    assert canned._client.asked == [
+    assert canned.servers[0].client.asked == [
         ("gme", {"text": [[b"text"], [b"more"]]}, {"role": "query"}),
         (
             "gme.multimodal",
@@ -167,7 +167,7 @@ async def test_texts_pass_no_image_stage_and_images_do(canned):
 
 
 async def test_a_refused_image_has_its_place_in_the_clients_list(canned):
-    canned._client.fault = (
+    canned.servers[0].client.fault = (
         "gme.multimodal",
         "in ensemble 'gme.multimodal', invalid_image at item 1: no picture",
     )
@@ -180,7 +180,7 @@ async def test_a_refused_image_has_its_place_in_the_clients_list(canned):
 
 async def test_the_image_stage_alone(canned):
     await canned.infer(MULTIMODAL, [Content(b"", (b"1",))], [IMAGE_GRID], {}, stage="image")
-    assert canned._client.asked == [("gme.image", {"image": [[b"1"]]}, None)]
+    assert canned.servers[0].client.asked == [("gme.image", {"image": [[b"1"]]}, None)]
 
 
 async def test_the_last_success_is_that_of_texts_and_of_images(canned):

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -32,16 +33,25 @@ class Serving:
     http: str
     grpc: str
 
-    def get(self, path: str) -> tuple[int, Any]:
+    def get(self, path: str, key: str | None = None) -> tuple[int, Any]:
         """Status and JSON of an answer of the gateway."""
-        return self._open(urllib.request.Request(self.url + path))
+        return self._ask(path, key=key)
 
-    def post(self, body: Any, path: str = "/v1/embeddings") -> tuple[int, Any]:
+    def post(self, body: Any, path: str = "/v1/embeddings", key: str | None = None) -> tuple[int, Any]:
         """Status and JSON of an answer to a JSON body."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self._open(urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}))
+        return self._ask(path, body if isinstance(body, bytes) else json.dumps(body).encode(), key=key)
 
-    def _open(self, request: urllib.request.Request) -> tuple[int, Any]:
+    def delete(self, path: str, key: str | None = None) -> tuple[int, Any]:
+        """Status and JSON of an answer."""
+        return self._ask(path, method="DELETE", key=key)
+
+    def _ask(
+        self, path: str, data: bytes | None = None, method: str | None = None, key: str | None = None
+    ) -> tuple[int, Any]:
+        headers = {} if data is None else {"Content-Type": "application/json"}
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=_ANSWER_TIMEOUT_S) as answer:
                 return answer.status, json.load(answer)
@@ -123,3 +133,24 @@ def serve(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextlib.contextmanager
+def gateway(*servers: str) -> Iterator[str]:
+    """A gateway alone that asks these servers (their gRPC addresses), when it is ready; its URL."""
+    (port,) = free_ports(1)
+    environment = {**os.environ, "GATEWAY_PORT": str(port), "GATEWAY_SERVER": ",".join(servers)}
+    process = subprocess.Popen([sys.executable, "-m", "gateway"], env=environment, cwd="/")
+    url = f"http://127.0.0.1:{port}"
+
+    def is_ready() -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/ready") as answer:
+            return bool(answer.status == 200)
+        return False
+
+    try:
+        wait_until(is_ready, "the gateway")
+        yield url
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0

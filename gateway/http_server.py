@@ -1,0 +1,97 @@
+"""uvicorn with an end that fails nobody, in one process or several; `drain.py` says what becomes of requests.
+
+The port is given up first: new connections go to another gateway that listens on it, or are refused at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+import time
+
+import uvicorn
+import uvicorn.supervisors.multiprocess
+
+from gateway.drain import Drain
+
+# For the last answers to be written, after the deadline.
+_LAST_WORDS_S = 2
+_POLL_INTERVAL_S = 0.05
+
+
+def listen(host: str, port: int, *, is_shared: bool) -> socket.socket:
+    """A socket on the port, which may be `is_shared` with other gateways. Raises OSError."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if is_shared:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        made.bind(address)
+    except OSError:
+        made.close()
+        raise
+    made.set_inheritable(True)
+    return made
+
+
+def run(config: uvicorn.Config, listener: socket.socket) -> bool:
+    """Serves until SIGTERM or Ctrl-C; whether it had started."""
+    if config.workers > 1:
+        # uvicorn has no other way to give its workers a server of ours.
+        uvicorn.supervisors.multiprocess.Process = _Worker  # type: ignore[misc]
+        _Workers(config, [listener]).run()
+        return True
+    # uvicorn raises the signal once more when it is done; a process that ended in order is none that was
+    # killed.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    server = DrainingServer(config)
+    server.run([listener])
+    return server.started
+
+
+class DrainingServer(uvicorn.Server):
+    """The server of one process. Its application's lifespan state holds a Drain as `drain`."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn after the signal."""
+        deadline = time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
+        drain: Drain = self.lifespan.state["drain"]
+        drain.begin()
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        # One without a request ends as it always does, so that none is closed under a request on its way.
+        idle_s = self.config.timeout_keep_alive
+        await self._wait_for_connections(min(deadline, time.monotonic() + idle_s))
+        for connection in list(self.server_state.connections):
+            # What is open by now is at work, and is closed with its answer.
+            connection.shutdown()
+        await self._wait_for_connections(deadline)
+        drain.end()
+        self.config.timeout_graceful_shutdown = _LAST_WORDS_S
+        await super().shutdown(sockets)
+
+    async def _wait_for_connections(self, until: float) -> None:
+        while self.server_state.connections and time.monotonic() < until and not self.force_exit:
+            await asyncio.sleep(_POLL_INTERVAL_S)
+
+
+class _Worker(uvicorn.supervisors.multiprocess.Process):
+    @property
+    def server(self) -> uvicorn.Server:
+        if self._server is None:
+            self._server = DrainingServer(self.config)
+        return self._server
+
+
+class _Workers(uvicorn.supervisors.multiprocess.Multiprocess):
+    def terminate_all(self) -> None:
+        # As long as this process has the port connections wait in it, for nobody.
+        for listener in self.sockets:
+            listener.close()
+        super().terminate_all()

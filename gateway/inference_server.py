@@ -1,0 +1,192 @@
+"""One inference server beside its inferences: whether the process of a stage is there, how much it has
+answered, and loading it anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+import grpc
+import numpy as np
+import tritonclient.grpc.aio as server_client
+from tritonclient.grpc import model_config_pb2
+from tritonclient.utils import InferenceServerException
+
+from backends.contract import PipelineParameter, RequestParameter, multimodal_name
+from gateway.pipeline import Pipeline, read_pipeline
+
+logger = logging.getLogger(__name__)
+
+CHANNEL_OPTIONS = [
+    # ColBERT answers of a full batch pass gRPC's 4 MB.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # A server that is started again is found within a second; gRPC would wait up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+DEAD_STUB = re.compile(r"Stub process '(?P<instance>[^']*)' is not healthy|health mutex")
+"""What a request to a process that died, or that stands still, fails with, after 1 s (server 2.51)."""
+NOT_LOADED = re.compile(r"unknown model|not at ready state|has no available versions|not ready")
+# Loading reads gigabytes from a slow disk.
+_LOAD_TIMEOUT_S = 1800.0
+# Unloading waits for what runs; the process of a stage has 60 s for its last words.
+_UNLOAD_TIMEOUT_S = 90.0
+_ASK_TIMEOUT_S = 10.0
+
+
+class Pulse(StrEnum):
+    """What a ping says of a stage."""
+
+    ALIVE = "it answers"
+    DEAD = "its process died or stands still"
+    SILENT = "it does not answer"
+    MISSING = "it is not loaded"
+    UNREACHABLE = "the inference server cannot be reached"
+
+
+class LoadFailed(Exception):
+    """The server could not load or unload an entry; its text says why."""
+
+
+class InferenceServer:
+    """A client for everything but inferences of models."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        """host:port of its gRPC interface."""
+        self.client = server_client.InferenceServerClient(address, channel_args=CHANNEL_OPTIONS)
+        self._inputs: dict[str, list[Any]] = {}
+
+    async def ping(self, entry: str, timeout_s: float) -> Pulse:
+        """Asks a stage's entry whether anybody is there."""
+        try:
+            inputs = self._inputs.get(entry) or await self._learn_inputs(entry, timeout_s)
+            await self.client.infer(
+                entry, inputs, parameters={RequestParameter.PING: True}, client_timeout=timeout_s
+            )
+        except InferenceServerException as error:
+            return self._read(entry, error)
+        return Pulse.ALIVE
+
+    def _read(self, entry: str, error: InferenceServerException) -> Pulse:
+        message, status = error.message() or "", error.status()
+        if status is None:
+            # The client's own.
+            raise error
+        if DEAD_STUB.search(message):
+            return Pulse.DEAD
+        if status == f"StatusCode.{grpc.StatusCode.DEADLINE_EXCEEDED.name}":
+            return Pulse.SILENT
+        if NOT_LOADED.search(message) or status == f"StatusCode.{grpc.StatusCode.NOT_FOUND.name}":
+            return Pulse.MISSING
+        if status == f"StatusCode.{grpc.StatusCode.UNAVAILABLE.name}":
+            return Pulse.UNREACHABLE
+        # An error is an answer. Of an entry that was written anew the inputs may be others.
+        self._inputs.pop(entry, None)
+        logger.debug("ping of %s: %s", entry, message)
+        return Pulse.ALIVE
+
+    async def _learn_inputs(self, entry: str, timeout_s: float) -> list[Any]:
+        """The smallest inputs that the server lets through: none is optional."""
+        answer = await self.client.get_model_config(entry, client_timeout=timeout_s)
+        inputs = [_empty_input(spec) for spec in answer.config.input if not spec.optional]
+        self._inputs[entry] = inputs
+        return inputs
+
+    async def states(self, timeout_s: float = _ASK_TIMEOUT_S) -> dict[str, tuple[str, str]]:
+        """State and its reason, by name, of all that the server's repository holds. Raises
+        InferenceServerException.
+        """
+        index = await self.client.get_model_repository_index(client_timeout=timeout_s)
+        return {model.name: (model.state, model.reason) for model in index.models}
+
+    async def pipelines(self, known: Mapping[str, Pipeline], timeout_s: float) -> list[Pipeline]:
+        """The models that are loaded, and of those `known` from before the ones that lack a stage at the
+        moment. Raises InferenceServerException.
+        """
+        states = await self.states(timeout_s)
+        ready = [name for name, (state, _) in states.items() if state == "READY"]
+        answers = await asyncio.gather(
+            *(self.client.get_model_config(name, client_timeout=timeout_s) for name in ready)
+        )
+        configs = {name: answer.config for name, answer in zip(ready, answers, strict=True)}
+        found = {
+            name: read_pipeline(config, [configs[m]] if (m := multimodal_name(name)) in configs else ())
+            for name, config in configs.items()
+            # Only ensembles describe a model.
+            if PipelineParameter.TASKS in config.parameters
+        }
+        for name, pipeline in known.items():
+            own = states.get(name, ("", ""))[0]
+            stages = [states.get(step, ("", ""))[0] for step in pipeline.steps]
+            if name not in found and _is_being_mended(own, stages):
+                found[name] = pipeline
+        return list(found.values())
+
+    async def answer_count(self, entry: str) -> int | None:
+        """Requests that an entry has answered since it was loaded; None where the server does not say."""
+        try:
+            answer = await self.client.get_inference_statistics(entry, client_timeout=_ASK_TIMEOUT_S)
+        except InferenceServerException:
+            return None
+        counts = (s.inference_stats for s in answer.model_stats)
+        return sum(int(stats.success.count + stats.fail.count) for stats in counts)
+
+    async def is_loaded(self, entry: str) -> bool:
+        """Whether the server would take requests for an entry."""
+        try:
+            return bool(await self.client.is_model_ready(entry, client_timeout=_ASK_TIMEOUT_S))
+        except InferenceServerException:
+            return False
+
+    async def unload(self, entry: str) -> None:
+        """Raises LoadFailed."""
+        try:
+            await self.client.unload_model(entry, client_timeout=_UNLOAD_TIMEOUT_S)
+        except InferenceServerException as error:
+            raise LoadFailed(error.message() or str(error)) from error
+
+    async def load(self, entry: str) -> None:
+        """Returns when the entry, and every ensemble over it, is ready. Raises LoadFailed."""
+        self._inputs.pop(entry, None)
+        try:
+            await self.client.load_model(entry, client_timeout=_LOAD_TIMEOUT_S)
+        except InferenceServerException as error:
+            raise LoadFailed(error.message() or str(error)) from error
+
+    async def close(self) -> None:
+        """Gives the connection back."""
+        await self.client.close()
+
+
+def _is_being_mended(ensemble: str, stages: Sequence[str]) -> bool:
+    """Of a model that is not ready, by the states of its entries: whether it lacks a stage for a while. Of
+    one that was taken away all stages are gone at once, or none is.
+    """
+    is_alive = any(state in ("READY", "LOADING", "UNLOADING") for state in stages)
+    return is_alive and (ensemble == "LOADING" or any(state != "READY" for state in stages))
+
+
+def _empty_input(spec: Any) -> Any:
+    """A batch of one with nothing along the dimensions that vary; of texts, one that is empty."""
+    dtype = model_config_pb2.DataType.Name(spec.data_type).removeprefix("TYPE_")
+    is_text = dtype == "STRING"
+    shape = [1, *(int(is_text) if size < 0 else size for size in spec.dims)]
+    tensor = server_client.InferInput(spec.name, shape, "BYTES" if is_text else dtype)
+    if is_text:
+        tensor.set_data_from_numpy(np.full(shape, b"", object))
+    elif dtype == "BF16":
+        # tritonclient wants an array of another package's type, to write nothing.
+        tensor._raw_content = b""
+    else:
+        tensor.set_data_from_numpy(np.zeros(shape, _NUMPY[dtype]))
+    return tensor
+
+
+_NUMPY = {"INT32": np.int32, "UINT8": np.uint8, "BOOL": np.bool_, "FP16": np.float16, "FP32": np.float32}

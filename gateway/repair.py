@@ -1,0 +1,99 @@
+"""Puts a new process in the place of one that died or stands still: unloads the stage's entry and loads it.
+
+The server never does so itself (2.51). Ensembles over the entry come back with it, and other models go on
+serving meanwhile. Gateways on one machine take turns by a file's lock, so that none replaces what another has
+just replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.inference_server import InferenceServer, LoadFailed
+from gateway.local_stubs import kill_stubs
+
+logger = logging.getLogger(__name__)
+
+# How soon an entry that could not be loaded is tried again, at first and at most.
+_FIRST_BACKOFF_S = 1.0
+_LONGEST_BACKOFF_S = 60.0
+
+
+@dataclass
+class _Failure:
+    reason: str
+    backoff_s: float
+    again_at: float
+    """time.monotonic()."""
+
+
+class Repairs:
+    """Of all entries and servers."""
+
+    def __init__(self) -> None:
+        self._failures: dict[tuple[str, str], _Failure] = {}
+
+    def failure(self, address: str, entry: str) -> str | None:
+        """Why an entry could not be loaded anew, if that was tried."""
+        failure = self._failures.get((address, entry))
+        return failure.reason if failure else None
+
+    def recovered(self, address: str, entry: str) -> None:
+        """It answers."""
+        self._failures.pop((address, entry), None)
+
+    async def replace(
+        self, server: InferenceServer, entry: str, is_needed: Callable[[], Awaitable[bool]]
+    ) -> bool:
+        """Whether the entry was loaded anew; `is_needed` is asked when nobody else can do the same.
+
+        False where another gateway is at it, where it is not needed any more, or where loading failed, which
+        is tried again later and later.
+        """
+        failure = self._failures.get((server.address, entry))
+        if failure is not None and time.monotonic() < failure.again_at:
+            return False
+        with _lock(server.address, entry) as is_ours:
+            if not is_ours or not await is_needed():
+                return False
+            started = time.monotonic()
+            try:
+                # Unloading waits for ever for a process that stands still.
+                await asyncio.to_thread(kill_stubs, server.address, entry)
+                await server.unload(entry)
+                await server.load(entry)
+            except LoadFailed as error:
+                self._note(server.address, entry, str(error))
+                return False
+        logger.warning("%s was loaded anew in %.1f s", entry, time.monotonic() - started)
+        return True
+
+    def _note(self, address: str, entry: str, reason: str) -> None:
+        before = self._failures.get((address, entry))
+        backoff = min(2 * before.backoff_s, _LONGEST_BACKOFF_S) if before else _FIRST_BACKOFF_S
+        self._failures[address, entry] = _Failure(reason, backoff, time.monotonic() + backoff)
+        logger.error("%s cannot be loaded anew, next try in %g s: %s", entry, backoff, reason)
+
+
+@contextlib.contextmanager
+def _lock(address: str, entry: str) -> Iterator[bool]:
+    """Whether no other process of this machine has it."""
+    folder = Path(tempfile.gettempdir()) / f"triton-embeddings-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    name = f"{address}-{entry}".replace("/", "_")
+    with (folder / f"{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

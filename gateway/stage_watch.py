@@ -1,0 +1,256 @@
+"""Knows of every stage of every model, on every server, whether its process answers, and has those replaced
+that do not.
+
+A stage is pinged several times a second, past the models' queues where it can be: the encoder takes a ping in
+however much it computes. Other stages compute while they are asked, so one that is silent is believed as long
+as the server counts answers of it. A process that died or was halted is told by the server, 1 s after a ping
+(2.51); on the server's own machine a death is seen at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from backends.contract import stage_of
+from gateway.availability import Availability
+from gateway.catalog import Catalog
+from gateway.errors import GatewayError
+from gateway.inference_server import InferenceServer, Pulse
+from gateway.local_stubs import find_stubs
+from gateway.pipeline import Pipeline
+from gateway.repair import Repairs
+
+logger = logging.getLogger(__name__)
+
+# Stages that take requests in and compute beside: a ping never waits for what is computed.
+_TAKE_IN_AT_ONCE = frozenset({"encoder"})
+_NEVER = float("-inf")
+
+
+@dataclass
+class _Watched:
+    """What is known of one entry at one server."""
+
+    server: InferenceServer
+    pipeline: Pipeline
+    entry: str
+    pulse: Pulse = Pulse.ALIVE
+    alive_at: float = _NEVER
+    """When the last ping was sent that was answered."""
+    answers: int | None = None
+    """The server's count at the last look at a silent stage."""
+    silent_since: float | None = None
+    processes: dict[int, int] = field(default_factory=dict)
+    """Process id -> descriptor that tells its end."""
+    has_ended: bool = False
+    """Whether one of these has."""
+    is_looked_for: bool = False
+    """Whether its processes were looked for: of a server on another machine there are none to be found."""
+    task: asyncio.Task[None] | None = None
+
+
+class StageWatch:
+    """Runs for the lifetime of the gateway."""
+
+    def __init__(
+        self,
+        servers: Sequence[InferenceServer],
+        catalog: Catalog,
+        availability: Availability,
+        *,
+        interval_s: float,
+        hang_timeout_s: float,
+        patience_s: float,
+    ) -> None:
+        """Every stage is asked each `interval_s`. One that should answer at once hangs after `hang_timeout_s`
+        without an answer; one that computes meanwhile after `patience_s` in which it has answered nothing.
+        """
+        self._servers = servers
+        self._catalog = catalog
+        self._availability = availability
+        self._interval_s = interval_s
+        self._hang_timeout_s = hang_timeout_s
+        self._patience_s = patience_s
+        self._repairs = Repairs()
+        self._watched: dict[tuple[str, str], _Watched] = {}
+        self._alarm = asyncio.Event()
+        availability.on_loss.append(self._hear)
+
+    def alarm(self) -> None:
+        """Somebody met a fault: all stages are asked at once."""
+        self._alarm.set()
+
+    def _hear(self, address: str, model: str, is_first: bool) -> None:
+        """Somebody says that a model is lost."""
+        if is_first:
+            self.alarm()
+
+    def fault(self, pipeline: Pipeline) -> str | None:
+        """Why no server answers for a model; None where one does, or where nobody has looked."""
+        losses = [self._availability.loss(server.address, pipeline.name) for server in self._servers]
+        reasons = [loss.reason for loss in losses if loss is not None]
+        return reasons[0] if reasons and len(reasons) == len(losses) else None
+
+    async def run(self) -> None:
+        """Asks for ever."""
+        try:
+            while True:
+                self._alarm.clear()
+                self._look()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._interval_s):
+                        await self._alarm.wait()
+        finally:
+            for one in self._watched.values():
+                self._forget(one)
+
+    def _look(self) -> None:
+        """Starts asking whoever is not being asked."""
+        wanted = {
+            (server.address, entry): (server, pipeline, entry)
+            for server in self._servers
+            for pipeline in self._catalog.pipelines
+            for entry in pipeline.steps
+        }
+        for key in self._watched.keys() - wanted.keys():
+            self._forget(self._watched.pop(key))
+        for key, (server, pipeline, entry) in wanted.items():
+            one = self._watched.setdefault(key, _Watched(server, pipeline, entry))
+            one.pipeline = pipeline
+            if one.task is None or one.task.done():
+                one.task = asyncio.create_task(self._ask(one))
+
+    async def _ask(self, one: _Watched) -> None:
+        try:
+            await self._check(one)
+        except Exception:
+            # The watch goes on, whatever one look met.
+            logger.exception("the look at %s failed", one.entry)
+
+    async def _check(self, one: _Watched) -> None:
+        started = time.monotonic()
+        one.pulse = await self._pulse(one)
+        if one.pulse is Pulse.ALIVE:
+            one.alive_at = started
+            self._repairs.recovered(one.server.address, one.entry)
+            await self._know_processes(one)
+            await self._regain(one)
+            return
+        if one.pulse is not Pulse.UNREACHABLE and not await self._is_served(one):
+            # Unloaded by a person: that its process ended is no fault.
+            return
+        self._lose(one)
+        if one.pulse is Pulse.UNREACHABLE:
+            self._forget_processes(one)
+        elif await self._repairs.replace(one.server, one.entry, lambda: self._is_gone(one)):
+            self._forget_processes(one)
+            self._alarm.set()
+
+    async def _is_served(self, one: _Watched) -> bool:
+        """Whether the entry belongs to a model as the server describes it now."""
+        with contextlib.suppress(GatewayError):
+            await self._catalog.refresh()
+        return any(one.entry in pipeline.steps for pipeline in self._catalog.pipelines)
+
+    async def _pulse(self, one: _Watched) -> Pulse:
+        """Of a stage that computes while it is asked, alive as long as its answers become more."""
+        if one.has_ended:
+            return Pulse.DEAD
+        pulse = await one.server.ping(one.entry, self._hang_timeout_s)
+        if pulse is not Pulse.SILENT or stage_of(one.pipeline.name, one.entry) in _TAKE_IN_AT_ONCE:
+            one.silent_since = None
+            return pulse
+        answers = await one.server.answer_count(one.entry)
+        now = time.monotonic()
+        if one.silent_since is None or answers != one.answers:
+            one.silent_since, one.answers = now, answers
+        return Pulse.ALIVE if now - one.silent_since < self._patience_s else Pulse.SILENT
+
+    async def _is_gone(self, one: _Watched) -> bool:
+        """Asked when nobody else can replace it: another gateway may just have done so."""
+        state, _ = (await one.server.states()).get(one.entry, ("", ""))
+        if state == "READY" and one.has_ended:
+            now = await asyncio.to_thread(find_stubs, one.server.address, one.entry)
+            is_gone = not set(now) - one.processes.keys()
+        elif state == "READY":
+            pulse = await one.server.ping(one.entry, self._hang_timeout_s)
+            is_gone = pulse in (Pulse.DEAD, Pulse.SILENT)
+        else:
+            # Not while somebody loads it, nor where the repository has no such entry.
+            is_gone = state == "UNAVAILABLE" and await self._is_served(one)
+        # Its processes will end, or have been replaced.
+        self._forget_processes(one)
+        return is_gone
+
+    def _lose(self, one: _Watched) -> None:
+        name = one.pipeline.name
+        if self._availability.loss(one.server.address, name) is None:
+            logger.warning("%s at %s: %s", one.entry, one.server.address, one.pulse)
+        failure = self._repairs.failure(one.server.address, one.entry)
+        stage = stage_of(name, one.entry)
+        reason = (
+            one.pulse.value
+            if one.pulse is Pulse.UNREACHABLE
+            else f"its stage {stage} cannot be loaded anew: {failure}"
+            if failure
+            else f"its stage {stage} is being loaded anew: {one.pulse}"
+        )
+        self._availability.lose(one.server.address, name, reason)
+
+    async def _regain(self, one: _Watched) -> None:
+        """The model is back when each of its stages has answered a ping that was sent after the last bad
+        sign.
+        """
+        server, name = one.server, one.pipeline.name
+        loss = self._availability.loss(server.address, name)
+        if loss is None:
+            return
+        others = [self._watched.get((server.address, entry)) for entry in one.pipeline.steps]
+        if not all(other and other.alive_at > loss.last_seen for other in others):
+            return
+        if await server.is_loaded(name) and self._availability.loss(server.address, name) == loss:
+            self._availability.regain(server.address, name)
+            logger.warning("%s at %s answers again", name, server.address)
+
+    async def _know_processes(self, one: _Watched) -> None:
+        """Has the end of the entry's processes told at once, where they run on this machine."""
+        if one.is_looked_for:
+            return
+        one.is_looked_for = True
+        loop = asyncio.get_running_loop()
+        for pid in await asyncio.to_thread(find_stubs, one.server.address, one.entry):
+            with contextlib.suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(pid)
+                one.processes[pid] = descriptor
+                loop.add_reader(descriptor, self._process_ended, one, pid)
+
+    def _process_ended(self, one: _Watched, pid: int) -> None:
+        _close([one.processes.pop(pid)])
+        one.has_ended = True
+        if one.task is not None:
+            # It may wait for an answer of the process that has just ended.
+            one.task.cancel()
+            one.task.add_done_callback(lambda _: self.alarm())
+
+    def _forget(self, one: _Watched) -> None:
+        if one.task is not None:
+            one.task.cancel()
+        self._forget_processes(one)
+
+    def _forget_processes(self, one: _Watched) -> None:
+        _close(one.processes.values())
+        one.processes.clear()
+        one.has_ended = False
+        one.is_looked_for = False
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        asyncio.get_running_loop().remove_reader(descriptor)
+        os.close(descriptor)

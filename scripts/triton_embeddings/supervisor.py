@@ -1,0 +1,67 @@
+"""A child process that is started again when it ends, later and later, and not for ever."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from triton_embeddings.errors import CommandError
+from triton_embeddings.process import Child, Stop
+
+logger = logging.getLogger(__name__)
+
+_FIRST_BACKOFF_S = 0.5
+_LONGEST_BACKOFF_S = 10.0
+# A process that ends so often within this time will not mend itself.
+_MOST_DEATHS = 5
+_DEATHS_WITHIN_S = 60.0
+
+
+class Supervised:
+    """Looks after one child; `look` is called every moment."""
+
+    def __init__(
+        self,
+        start: Callable[[], Child],
+        stop: Stop,
+        explain: Callable[[Child], str],
+        clear: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`explain` says why a child ended; `clear` takes away what a dead one left behind."""
+        self._start = start
+        self._stop = stop
+        self._explain = explain
+        self._clear = clear
+        self._deaths: list[float] = []
+        self._again_at: float | None = None
+        self.child = stop.watch_over(start())
+
+    def look(self) -> None:
+        """Starts the child again where it has ended and its pause is over.
+
+        Raises CommandError when it ends too often.
+        """
+        now = time.monotonic()
+        if self._again_at is not None:
+            if now >= self._again_at:
+                self._again_at = None
+                self.child = self._stop.watch_over(self._start())
+            return
+        if self.child.exit_code is None:
+            return
+        reason = self._explain(self.child)
+        # What a dead server has started lives on, and holds memory.
+        self._stop.forget(self.child)
+        self.child.kill()
+        self._clear()
+        self._deaths = [*(at for at in self._deaths if now - at < _DEATHS_WITHIN_S), now]
+        if len(self._deaths) >= _MOST_DEATHS:
+            raise CommandError(f"{reason}; it ended {_MOST_DEATHS} times within {_DEATHS_WITHIN_S:g} s")
+        backoff = min(_FIRST_BACKOFF_S * 2 ** (len(self._deaths) - 1), _LONGEST_BACKOFF_S)
+        logger.warning("%s; starting it again in %g s", reason, backoff)
+        self._again_at = now + backoff
+
+    def stop(self, timeout_s: float) -> None:
+        """Asks the child to end, waits, and kills what is left."""
+        self.child.stop(timeout_s)

@@ -1,0 +1,129 @@
+"""Which stages are taken for dead, without a server; tests/server/test_faults.py has the real one."""
+
+import asyncio
+import contextlib
+import dataclasses
+
+import pytest
+
+from gateway.availability import Availability
+from gateway.catalog import Catalog
+from gateway.inference_server import Pulse
+from gateway.stage_watch import StageWatch
+from tests.support.fake_inference import PIPELINE, FakeInference
+
+TINY = dataclasses.replace(PIPELINE, steps=("tiny.tokenizer", "tiny.encoder"))
+
+
+class _Server:
+    """Answers pings as it is told to, and notes what is loaded anew."""
+
+    address = "elsewhere:1"
+
+    def __init__(self):
+        self.pulses = {"tiny.tokenizer": Pulse.ALIVE, "tiny.encoder": Pulse.ALIVE}
+        self.answers = 0
+        self.is_moving = False
+        self.loaded = []
+        self.state = "READY"
+
+    async def ping(self, entry, timeout_s):
+        await asyncio.sleep(0.001)
+        return self.pulses[entry]
+
+    async def answer_count(self, entry):
+        self.answers += self.is_moving
+        return self.answers
+
+    async def is_loaded(self, entry):
+        return True
+
+    async def states(self):
+        return dict.fromkeys(self.pulses, (self.state, ""))
+
+    async def unload(self, entry):
+        self.loaded.append(f"-{entry}")
+
+    async def load(self, entry):
+        self.loaded.append(entry)
+        self.pulses[entry] = Pulse.ALIVE
+
+
+@pytest.fixture
+async def server():
+    return _Server()
+
+
+@contextlib.asynccontextmanager
+async def watching(server, patience_s=60.0, known=(TINY,)):
+    inference = FakeInference(known)
+    catalog = Catalog(inference)
+    await catalog.refresh()
+    availability = Availability(60)
+    watch = StageWatch(
+        [server], catalog, availability, interval_s=0.005, hang_timeout_s=0.01, patience_s=patience_s
+    )
+    task = asyncio.create_task(watch.run())
+    try:
+        yield watch, availability, inference
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("pulse", [Pulse.DEAD, Pulse.SILENT])
+async def test_a_dead_or_hung_encoder_is_loaded_anew_and_the_model_comes_back(server, pulse):
+    async with watching(server) as (watch, availability, _):
+        lost = []
+        availability.on_loss.append(lambda *what: lost.append(what))
+        server.pulses["tiny.encoder"] = pulse
+        await until(lambda: server.loaded == ["-tiny.encoder", "tiny.encoder"])
+        assert lost[0] == ("elsewhere:1", "tiny", True)
+        await until(lambda: watch.fault(TINY) is None)
+        assert server.loaded == ["-tiny.encoder", "tiny.encoder"], "once"
+
+
+async def test_a_stage_that_computes_is_believed_as_long_as_its_answers_become_more(server):
+    async with watching(server, patience_s=0.05) as (watch, _, _):
+        server.is_moving = True
+        server.pulses["tiny.tokenizer"] = Pulse.SILENT
+        await asyncio.sleep(0.3)
+        assert (watch.fault(TINY), server.loaded) == (None, [])
+        server.is_moving = False
+        await until(lambda: server.loaded == ["-tiny.tokenizer", "tiny.tokenizer"])
+
+
+async def test_what_somebody_loads_is_left_to_them(server):
+    async with watching(server) as (watch, _, _):
+        server.state = "LOADING"
+        server.pulses["tiny.encoder"] = Pulse.MISSING
+        await until(lambda: watch.fault(TINY))
+        await asyncio.sleep(0.05)
+        assert server.loaded == []
+        server.state, server.pulses["tiny.encoder"] = "READY", Pulse.ALIVE
+        await until(lambda: watch.fault(TINY) is None)
+
+
+async def test_what_was_unloaded_for_good_is_no_fault(server):
+    async with watching(server) as (watch, _, inference):
+        inference.known = []
+        server.state = "UNAVAILABLE"
+        server.pulses["tiny.encoder"] = Pulse.MISSING
+        await asyncio.sleep(0.05)
+        assert (watch.fault(TINY), server.loaded) == (None, [])
+
+
+async def test_a_server_that_cannot_be_reached_is_waited_for(server):
+    async with watching(server) as (watch, _, _):
+        server.pulses = dict.fromkeys(server.pulses, Pulse.UNREACHABLE)
+        await until(lambda: watch.fault(TINY) == "the inference server cannot be reached")
+        assert server.loaded == []
+        server.pulses = dict.fromkeys(server.pulses, Pulse.ALIVE)
+        await until(lambda: watch.fault(TINY) is None)
