@@ -76,8 +76,8 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
             settings.servers,
             settings.request_timeout_s,
             settings.max_answer_bytes,
-            settings.admission_limits,
-            settings.repair_wait_s,
+            limits=settings.admission_limits,
+            repair_wait_s=settings.repair_wait_s,
         )
         own = Observed(server)
         bounded = BoundedInference(own, settings.max_text_bytes, settings.max_prompt_bytes)

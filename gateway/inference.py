@@ -107,6 +107,7 @@ class GrpcInference:
         addresses: Sequence[str],
         timeout_s: float,
         max_answer_bytes: int,
+        *,
         limits: AdmissionLimits | None = None,
         repair_wait_s: float = 0.0,
     ) -> None:

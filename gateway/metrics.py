@@ -7,7 +7,6 @@ PROMETHEUS_MULTIPROC_DIR names, and whichever worker is asked tells of all.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
+    values,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
@@ -133,8 +133,7 @@ EXPIRED_REQUESTS = Counter(
     ("lane", "model"),
     registry=_registry,
 )
-# prometheus-client's own name for the folder of several workers' numbers.
-_MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+_HAS_WORKERS = values.ValueClass is not values.MutexValue
 _shown_models: set[str] = set()
 _OF_LANES = (QUEUED_TOKENS, QUEUED_TOKENS_LIMIT, QUEUED_REQUESTS, REJECTED_REQUESTS, EXPIRED_REQUESTS)
 
@@ -185,7 +184,7 @@ def show_models(models: Mapping[str, str | None], *, is_server_up: bool) -> None
     SERVER_UP.set(is_server_up)
     for gone in _shown_models - models.keys():
         # Nobody waits for a model that was removed. The files of several workers keep what they once had.
-        if _MULTIPROCESS in os.environ:
+        if _HAS_WORKERS:
             MODEL_UP.labels(gone).set(True)
         else:
             MODEL_UP.remove(gone)

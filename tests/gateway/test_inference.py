@@ -120,7 +120,7 @@ class CannedClient:
         self.asked = []
         self.fault = fault
 
-    async def infer(self, model, inputs, outputs, parameters, client_timeout):
+    async def infer(self, model, inputs, *, outputs, parameters, **options):
         given = {
             tensor.name(): deserialize_bytes_tensor(tensor._get_content()).reshape(tensor.shape()).tolist()
             for tensor in inputs

@@ -50,12 +50,11 @@ async def test_a_line_of_text_names_its_request():
     assert TextFormatter().format(record()).endswith("a model does not answer [request id-1]")
 
 
-@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
-async def test_what_an_exception_quotes_is_not_logged_in_a_request(formatter):
+@pytest.mark.parametrize("kind", [TextFormatter, JsonFormatter])
+def test_what_an_exception_quotes_is_not_logged_unless_asked_for(kind):
     error = failing("a user's text")
-    assert "a user's text" in formatter.format(record(error=error))
-    enter(RequestContext("id-1"))
-    line = formatter.format(record(error=error))
+    assert "a user's text" in kind(shows_texts=True).format(record(error=error))
+    line = kind().format(record(error=error))
     assert "user" not in line
     assert "ValueError" in line
     assert "KeyError" in line

@@ -31,7 +31,7 @@ class Client:
         self.release.set()
         self.fault = None
 
-    async def infer(self, model, inputs, outputs, parameters, client_timeout):
+    async def infer(self, model, inputs, *, parameters, **options):
         count = inputs[0].shape()[0]
         if "deadline_ms" in (parameters or {}):
             self.asked.append(parameters)
@@ -72,9 +72,9 @@ class Canned(GrpcInference):
 @pytest.fixture
 async def inference():
     limits = AdmissionLimits(2.0, 0.75, {Lane.INTERACTIVE: 300, Lane.BULK: 600}, 10**6)
-    made = Canned("127.0.0.1:9", 300, 10**6, limits)
-    await made._client.close()
-    made._client = Client()
+    made = Canned(["127.0.0.1:9"], 300, 10**6, limits=limits)
+    await made.servers[0].client.close()
+    made.servers[0].client = Client()
     return made
 
 
@@ -96,19 +96,20 @@ def lane(inference, which=Lane.INTERACTIVE, name="tiny"):
 
 async def fill(client, inference, which, name="tiny", path="/v1/embeddings", **body):
     """Takes all of a lane; the requests that are under way."""
-    inference._client.release.clear()
+    inference.servers[0].client.release.clear()
     tasks = []
     # The server takes 128 tokens, and urgent requests a few besides.
     for _ in range(40):
         before = inference.admission.states().get(name)
         if before is not None and before.lanes[which].queued_tokens + 32 > (300, 600)[which is Lane.BULK]:
             break
-        sent = len(inference._client.asked) + (before.lanes[which].queued_requests if before else 0)
+        sent = len(inference.servers[0].client.asked) + (before.lanes[which].queued_requests if before else 0)
         tasks.append(asyncio.create_task(client.post(path, json={**body, "priority": which})))
         await until(
             lambda sent=sent: (
                 name in inference.admission.states()
-                and len(inference._client.asked) + lane(inference, which, name).queued_requests > sent
+                and len(inference.servers[0].client.asked) + lane(inference, which, name).queued_requests
+                > sent
             )
         )
     return tasks
@@ -127,7 +128,7 @@ REFUSED = {
 async def test_too_much_is_refused_in_the_dialects_own_words(client, inference, path, which):
     body, status, is_right = REFUSED[path]
     tasks = await fill(client, inference, which, input=[TEXT] * 2)
-    asked = len(inference._client.asked)
+    asked = len(inference.servers[0].client.asked)
     answer = await client.post(path, json={**body, "priority": which})
     assert answer.status_code == status
     assert is_right(answer.json())
@@ -136,9 +137,9 @@ async def test_too_much_is_refused_in_the_dialects_own_words(client, inference, 
     assert answer.headers["retry-after"] == "1"
     assert answer.headers["retry-after-ms"] == "1000"
     assert answer.headers["x-should-retry"] == "true"
-    assert len(inference._client.asked) == asked, "nothing of it was sent"
+    assert len(inference.servers[0].client.asked) == asked, "nothing of it was sent"
     assert lane(inference, which).rejected == 1
-    inference._client.release.set()
+    inference.servers[0].client.release.set()
     assert {(await task).status_code for task in tasks} == {200}
     assert (await client.post(path, json={**body, "priority": which})).status_code == 200
 
@@ -152,7 +153,7 @@ async def test_rerankers_and_classifiers_are_priced_too(client, inference):
     classes = {"input": TEXT, "model": "org/classifier"}
     other = asyncio.create_task(client.post("/v1/classify", json=classes))
     await until(lambda: "classifier" in inference.admission.states())
-    inference._client.release.set()
+    inference.servers[0].client.release.set()
     assert (await other).status_code == 200, "each model has lanes of its own"
     assert {(await task).status_code for task in tasks} == {200}
 
@@ -165,7 +166,7 @@ async def test_the_wait_follows_from_what_was_measured(client, inference):
     answer = await client.post("/v1/embeddings", json={"input": [TEXT] * 2, "priority": "bulk"})
     assert answer.status_code == 429
     assert int(answer.headers["retry-after-ms"]) == pytest.approx(max(1, queued / rate * 1000), abs=1)
-    inference._client.release.set()
+    inference.servers[0].client.release.set()
     await asyncio.gather(*tasks)
 
 
@@ -177,7 +178,7 @@ async def test_canaries_and_questions_about_tokens_pass_the_queue(client, infere
     canary = inference.infer(PIPELINE, [b"ready?"], [N_TOKENS], {})
     answer = await asyncio.create_task(canary, context=outside)
     assert answer[N_TOKENS].tolist() == [[1]]
-    inference._client.release.set()
+    inference.servers[0].client.release.set()
     await asyncio.gather(*tasks)
 
 
@@ -197,7 +198,7 @@ LATE = {
 @pytest.mark.parametrize("path", LATE)
 async def test_what_is_not_answered_in_time(client, inference, path):
     body, status, message = LATE[path]
-    inference._client.release.clear()
+    inference.servers[0].client.release.clear()
     answer = await client.post(path, json={**body, "timeout": 0.05})
     assert answer.status_code == status
     name = body.get("model", "org/tiny")
@@ -205,12 +206,12 @@ async def test_what_is_not_answered_in_time(client, inference, path):
         f"{name} did not answer within 0.05 s, its timeout; give it more time, or send fewer or "
         "shorter inputs"
     )
-    assert inference._client.cancelled == 1, "the call to the server ends, too"
+    assert inference.servers[0].client.cancelled == 1, "the call to the server ends, too"
     assert inference.admission.states()[name.removeprefix("org/")].in_flight_tokens == 0
 
 
 async def test_a_header_and_the_operators_limit(client, inference):
-    inference._client.release.clear()
+    inference.servers[0].client.release.clear()
     headers = {"x-request-timeout": "0.05"}
     answer = await client.post("/v1/embeddings", json={"input": TEXT, "timeout": 9}, headers=headers)
     assert answer.status_code == 504
@@ -226,21 +227,21 @@ async def test_a_header_and_the_operators_limit(client, inference):
 async def test_the_deadline_goes_with_each_server_request(client, inference):
     before = time.time() * 1000
     await client.post("/v1/embeddings", json={"input": TEXT, "timeout": 7})
-    (parameters,) = inference._client.asked
+    (parameters,) = inference.servers[0].client.asked
     assert isinstance(parameters["deadline_ms"], int)
     assert before + 6000 < parameters["deadline_ms"] < time.time() * 1000 + 7001
 
 
 async def test_what_waits_past_its_deadline_is_never_sent(client, inference):
     tasks = await fill(client, inference, Lane.INTERACTIVE, input=[TEXT] * 2)
-    asked = len(inference._client.asked)
+    asked = len(inference.servers[0].client.asked)
     tasks.pop().cancel()
     await until(lambda: lane(inference).queued_tokens <= 300 - 32)
     answer = await client.post("/v1/embeddings", json={"input": [TEXT] * 2, "timeout": 0.05})
     assert answer.status_code == 504
-    assert len(inference._client.asked) == asked
+    assert len(inference.servers[0].client.asked) == asked
     assert lane(inference).expired == 1
-    inference._client.release.set()
+    inference.servers[0].client.release.set()
     await asyncio.gather(*tasks)
     assert lane(inference).queued_tokens == 0
 
@@ -264,7 +265,7 @@ async def test_what_waits_past_its_deadline_is_never_sent(client, inference):
     ],
 )
 async def test_what_the_stages_say(client, inference, fault, status, text):
-    inference._client.fault = fault
+    inference.servers[0].client.fault = fault
     answer = await client.post("/v1/embeddings", json={"input": TEXT, "timeout": 9})
     assert answer.status_code == status
     assert text in answer.json()["error"]["message"]
@@ -279,14 +280,14 @@ async def test_both_sides_of_a_comparison_end_together(client, inference):
     answer = await client.post("/v1/embeddings/similarity", json=body)
     assert answer.status_code == 429
     assert inference.admission.states()["tiny"].in_flight_tokens == before
-    inference._client.release.set()
+    inference.servers[0].client.release.set()
     await asyncio.gather(*tasks)
 
 
 async def test_a_request_that_fails_on_this_side_ends_as_a_whole(client, inference):
-    inference._client.fault = ("in ensemble 'a', internal: broken", "StatusCode.INTERNAL")
+    inference.servers[0].client.fault = ("in ensemble 'a', internal: broken", "StatusCode.INTERNAL")
     answer = await client.post("/v1/embeddings", json={"input": [TEXT] * 200})
     assert answer.status_code == 500
-    assert len(inference._client.asked) <= 128 / 16
+    assert len(inference.servers[0].client.asked) <= 128 / 16
     assert inference.admission.states()["tiny"].in_flight_tokens == 0
     assert lane(inference, Lane.BULK).queued_tokens == 0
