@@ -18,9 +18,15 @@ class Observed:
 
     def __init__(self, inference: Inference) -> None:
         self._inference = inference
-        self.pipelines = inference.pipelines
-        self.last_success = inference.last_success
-        self.close = inference.close
+
+    async def pipelines(self) -> list[Pipeline]:
+        return await self._inference.pipelines()
+
+    def last_success(self, pipeline: Pipeline) -> float | None:
+        return self._inference.last_success(pipeline)
+
+    async def close(self) -> None:
+        await self._inference.close()
 
     async def infer(
         self,

@@ -22,6 +22,7 @@ from backends.clock import now_us
 from backends.contract import ENCODER_TIMES, ErrorCode
 from backends.errors import RequestError
 from backends.stages.base import Answer, Stage, StageRequest, respond
+from backends.tally import Count, Tally
 from backends.turns import Job, Piece, Turns, halve
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class ContinuousStage(Stage, Generic[W]):
     """Threads that compute; setup() may set it."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
+        self.tally = Tally()
         self._news = threading.Condition()
         self._results = threading.Lock()
         self._is_over = False
@@ -178,6 +180,7 @@ class ContinuousStage(Stage, Generic[W]):
         if late:
             logger.info("dropping %d requests that are past their deadline", len(late))
             self.turns.drop([job for job, _ in late])
+            self.tally.add(Count.EXPIRED, len(late))
         return [(job.content, error) for job, error in late]
 
     def _compute(self, pieces: Sequence[Piece[W]]) -> None:
@@ -207,6 +210,7 @@ class ContinuousStage(Stage, Generic[W]):
         count = sum(int(piece.job.lengths[piece.places].sum()) for piece in pieces)
         if len(halves) == 2:
             logger.warning("no memory for a turn of %d tokens; computing it in halves", count)
+            self.tally.add(Count.OUT_OF_MEMORY)
             for half in halves:
                 self._compute(half)
             return

@@ -50,7 +50,7 @@ from backends.stages.base import Answer, StageContext, StageRequest
 from backends.stages.continuous import ContinuousStage, Work
 from backends.stages.loaded_head import LoadedHead, Reading
 from backends.stages.server_counters import ServerCounters
-from backends.tally import Count, Tally
+from backends.tally import Count
 from backends.turns import Job, Piece, Places, Turns
 from backends.vision import Images
 from backends.warm_up import warm_up
@@ -145,7 +145,6 @@ class EncoderStage(ContinuousStage[_Work]):
             logger.info("the heads %s run in this process", ", ".join(names))
         # Several threads compute; nobody knows whether a checkpoint's own code bears that.
         is_own = has_own_code(context.checkpoint)
-        self.tally = Tally()
         if self.images is not None:
             self.images.tally = self.tally
         self.turn_of_heads: AbstractContextManager[Any] = threading.Lock() if is_own else nullcontext()
