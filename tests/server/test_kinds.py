@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-import os
-import signal
+import re
+import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -252,49 +252,47 @@ def test_a_head_that_nobody_asked_for_is_not_run(serving_kinds):
     assert final["encoder"][1] - after["encoder"][1] == 1, "three heads, one pass"
 
 
+def counted(serving, name):
+    """What the encoder of bge-m3 has counted."""
+    with urllib.request.urlopen(f"{serving.url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    (value,) = re.findall(rf'^triton_embeddings_encoder_{name}{{.*model="bge-m3".*}} (\S+)$', text, re.M)
+    return float(value)
+
+
 def test_sixty_requests_of_three_kinds_share_the_encoder(serving_kinds, flag):
     kinds = ("dense", "sparse", "colbert")
-    before = executions(serving_kinds)
+    before = {name: counted(serving_kinds, name) for name in ("turns_total", "pass_tokens_sum")}
 
     def client(number):
         kind = kinds[number % 3]
         text = number % len(TEXTS)
-        return (
-            kind,
-            text,
-            embeddings(
-                serving_kinds,
-                f"/v1/embeddings/{kind}",
-                [TEXTS[text]],
-                **({"return_decoded": False} if kind == "sparse" else {}),
-            )[0],
-        )
+        body = {"model": "bge-m3", "input": [TEXTS[text]]}
+        if kind == "sparse":
+            body["return_decoded"] = False
+        answer = post(serving_kinds, f"/v1/embeddings/{kind}", body)
+        return kind, text, answer["data"][0]["embedding"], answer["usage"]["prompt_tokens"]
 
-    def tokenized():
-        return executions(serving_kinds)["tokenizer"][0] - before["tokenizer"][0]
+    def long(number):
+        body = {"model": "bge-m3", "input": "the value of it " * 1500}
+        return post(serving_kinds, "/v1/embeddings/dense", body)["usage"]["prompt_tokens"]
 
-    # The encoder is halted until all sixty wait for it.
-    (stub,) = [
-        pid
-        for pid, line in serving_kinds.descendants().items()
-        if "stub" in line and "bge-m3.encoder" in line
-    ]
-    os.kill(stub, signal.SIGSTOP)
-    with ThreadPoolExecutor(60) as pool:
-        answers = pool.map(client, range(60))
-        try:
-            wait_until(lambda: tokenized() == 60, "sixty tokenized requests", 60)
-        finally:
-            os.kill(stub, signal.SIGCONT)
-    for kind, text, got in answers:
+    # Something long first, so that the sixty wait together behind it.
+    with ThreadPoolExecutor(64) as pool:
+        longs = pool.map(long, range(4))
+        answers = list(pool.map(client, range(60)))
+        tokens = sum(longs) + sum(count for *_, count in answers)
+    for kind, text, got, _ in answers:
         if kind == "sparse":
             assert got == pytest.approx(flag["sparse"][text], abs=TOLERANCE)
         else:
             np.testing.assert_allclose(got, flag[kind][text], atol=TOLERANCE)
-    after = executions(serving_kinds)
-    requests, batches = (after["encoder"][i] - before["encoder"][i] for i in (0, 1))
-    assert requests == 60
-    assert batches <= 10, f"{batches} encoder batches for 60 requests"
+    wait_until(
+        lambda: counted(serving_kinds, "pass_tokens_sum") - before["pass_tokens_sum"] >= tokens,
+        "the encoder to tell of all tokens",
+    )
+    turns = counted(serving_kinds, "turns_total") - before["turns_total"]
+    assert turns <= 30, f"{turns} turns for 64 requests"
 
 
 def test_texts_of_3_and_of_8192_tokens_in_one_batch(serving_kinds, kinds, flag):
