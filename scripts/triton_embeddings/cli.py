@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from triton_embeddings.errors import CommandError
 from triton_embeddings.flags import rewrite
 from triton_embeddings.launch import launch
 from triton_embeddings.live import LiveServer
+from triton_embeddings.preflight import check_strangers, read_gateway_settings
 from triton_embeddings.process import Stop
 from triton_embeddings.server_binary import scratch_directory
 
@@ -342,6 +344,30 @@ def serve(
     repository = model_repository or models.default_repository()
     with models.served_repository(repository, checkpoints or [], options, scratch_directory()) as served:
         launch(served, addresses, console, Stop(), flags)
+
+
+@app.command()
+def gateway(
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="host:port of tritonserver's gRPC interface; of several servers that have the same models, "
+            "with commas between them. Default: 127.0.0.1:8001."
+        ),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address; 0.0.0.0 is every interface.")] = None,
+    port: Annotated[int | None, typer.Option(**_PORT, help="Default: 30000.")] = None,
+    reuse_port: Annotated[
+        bool | None,
+        typer.Option("--reuse-port", help="Share the port with another gateway, as to take its place."),
+    ] = None,
+) -> None:
+    """Start the gateway alone, for servers that run already, and answer until Ctrl-C."""
+    given = {"server": server, "host": host, "port": port, "reuse_port": reuse_port}
+    flags = {name: str(value) for name, value in given.items() if value is not None}
+    check_strangers(read_gateway_settings(flags))
+    environment = {**os.environ, **{f"GATEWAY_{name.upper()}": value for name, value in flags.items()}}
+    os.execve(sys.executable, [sys.executable, "-m", "gateway"], environment)
 
 
 @app.command()

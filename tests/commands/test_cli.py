@@ -213,6 +213,10 @@ def test_version_and_short_help():
     assert "serve" in run("-h").stdout
 
 
+def test_a_gateway_for_a_server_without_a_port():
+    one_line_error(run("gateway", "--server", "a:1,b"), "--server is 'a:1,b': 'b' is no host:port")
+
+
 def test_an_empty_repository(tmp_path):
     one_line_error(run("serve", "--model-repository", tmp_path / "none"), "has no models; add one with")
 

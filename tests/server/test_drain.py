@@ -5,7 +5,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 
 from tests.support.checkpoints import sentence_transformer
 from tests.support.load import TEXTS, tell, under_load, until
-from tests.support.server import serve, wait_until
+from tests.support.server import COMMAND, serve, wait_until
 
 WAIT_S = 600
 pytestmark = pytest.mark.timeout(900)
@@ -40,13 +39,9 @@ def pid_of(serving, what):
 
 def another_gateway(serving):
     """A second gateway on the same port, when it listens."""
-    environment = {
-        **os.environ,
-        "GATEWAY_PORT": serving.url.rsplit(":", 1)[1],
-        "GATEWAY_SERVER": serving.grpc,
-        "GATEWAY_REUSE_PORT": "true",
-    }
-    process = subprocess.Popen([sys.executable, "-m", "gateway"], env=environment, cwd="/")
+    port = serving.url.rsplit(":", 1)[1]
+    command = [COMMAND, "gateway", "--server", serving.grpc, "--port", port, "--reuse-port"]
+    process = subprocess.Popen(command, cwd="/")
     wait_until(lambda: listens(serving, process.pid), "the second gateway to listen")
     return process
 
