@@ -92,6 +92,7 @@ async def test_a_header_that_is_no_time(client, value):
     assert answer.json()["error"]["param"] == "x-request-timeout"
 
 
+# Tests that enter a context are async: what they set then ends with them.
 def lane(own=None, header=None, field=None):
     context = RequestContext("me", lane=own)
     enter(context)
@@ -100,7 +101,7 @@ def lane(own=None, header=None, field=None):
     return context.lane
 
 
-def test_the_least_urgent_of_those_who_say_it_wins():
+async def test_the_least_urgent_of_those_who_say_it_wins():
     assert lane() is None
     assert lane(field="interactive") is Lane.INTERACTIVE
     assert lane(header="interactive", field="bulk") is Lane.BULK
@@ -111,20 +112,20 @@ def test_the_least_urgent_of_those_who_say_it_wins():
 
 
 @pytest.mark.parametrize("value", [True, [], "1", "high", 1.5])
-def test_what_is_no_priority(value):
+async def test_what_is_no_priority(value):
     with pytest.raises(Exception, match=r"priority is .*; it takes interactive or bulk"):
         lane(field=value)
 
 
 @pytest.mark.parametrize("value", [True, [], "1", -3, float("nan")])
-def test_what_is_no_timeout(value):
+async def test_what_is_no_timeout(value):
     enter(RequestContext("me"))
     with pytest.raises(Exception, match=r"timeout is .*; it takes the seconds"):
         read_fields({"timeout": value})
 
 
 @pytest.mark.parametrize(("header", "field", "least"), [("3", 2, 2), ("2", 3.5, 2), ("2", None, 2)])
-def test_the_least_time_of_those_who_say_it_wins(header, field, least):
+async def test_the_least_time_of_those_who_say_it_wins(header, field, least):
     context = RequestContext("me")
     enter(context)
     read_headers({"x-request-timeout": header})
