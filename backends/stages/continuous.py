@@ -113,6 +113,8 @@ class ContinuousStage(Stage, Generic[W]):
                 request.check_deadline()
                 job = self.admit(request)
             except RequestError as error:
+                if error.failure.code is ErrorCode.DEADLINE_EXCEEDED:
+                    self.tally.add(Count.EXPIRED)
                 respond(request, error)
                 continue
             with self._news:

@@ -105,6 +105,7 @@ def test_a_server_without_metrics_gets_none(monkeypatch):
     counters = ServerCounters({"model": "m"}, tally)
     tally.add(Count.TURNS)
     counters.stop()
+    assert tally.take()[0] == {Count.TURNS: 1}, "nobody takes what cannot be told"
 
 
 def test_the_moments_of_a_request_come_in_order(path):

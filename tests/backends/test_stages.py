@@ -13,6 +13,7 @@ from backends.stages.base import Stage
 from backends.stages.encoder import EncoderStage
 from backends.stages.head import HeadStage
 from backends.stages.tokenizer import TokenizerStage
+from backends.tally import Count
 from tests.support import decoders
 from tests.support.checkpoints import bert, classifier, sentence_transformer
 from tests.support.fake_pb_utils import Request, TritonModelException, answers
@@ -277,6 +278,7 @@ def test_the_encoder_drops_what_is_past_its_deadline_before_its_turn(path):
         return compute(pieces)
 
     stage.compute = held
+    names = counted(stage)
     first, begun, late = (encoded(stage, *[np.arange(5, 13)] * n) for n in (1, 3, 2))
     refused = encoded(stage, np.arange(5, 13))
     refused.given = {"deadline_ms": PAST}
@@ -293,6 +295,14 @@ def test_the_encoder_drops_what_is_past_its_deadline_before_its_turn(path):
         assert request.is_sent.wait(60)
     assert late.sent[0].error.message.startswith("deadline_exceeded")
     assert computed == [1, 3, 3, 3], "none of the one with two sequences"
+    assert names.count(Count.EXPIRED) == 2
+
+
+def counted(stage):
+    """What the stage counts from now on, one name for each."""
+    names = []
+    stage.tally.add = lambda count, amount=1: names.extend([count] * amount)
+    return names
 
 
 def without_memory(stage, most):
@@ -317,6 +327,7 @@ def test_a_device_without_memory_for_a_turn_computes_it_in_halves(path):
     requests = [encoded(stage, *rows[:4]), encoded(stage, rows[4]), encoded(stage, rows[5])]
     expected = [answer.value("hidden") for answer in answers(stage, requests)]
     turns, freed = without_memory(stage, 12)
+    names = counted(stage)
     got = answers(stage, requests)
     show(f"of at most 12 tokens at a time: turns of {turns}, memory freed {len(freed)} times")
     for one, other in zip(got, expected, strict=True):
@@ -324,7 +335,7 @@ def test_a_device_without_memory_for_a_turn_computes_it_in_halves(path):
         np.testing.assert_allclose(one.value("hidden"), other, atol=1e-5)
     assert max(turns) <= 12
     assert sum(turns) == 32, "nothing is computed twice"
-    assert freed
+    assert names.count(Count.OUT_OF_MEMORY) == len(freed) > 0
 
 
 def test_what_fits_in_no_way_is_told_and_its_neighbours_live(path, caplog):
