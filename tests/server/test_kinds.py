@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import re
-import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -254,10 +252,7 @@ def test_a_head_that_nobody_asked_for_is_not_run(serving_kinds):
 
 def counted(serving, name):
     """What the encoder of bge-m3 has counted."""
-    with urllib.request.urlopen(f"{serving.url}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
-    (value,) = re.findall(rf'^triton_embeddings_encoder_{name}{{.*model="bge-m3".*}} (\S+)$', text, re.M)
-    return float(value)
+    return serving.scrape()[f"triton_embeddings_encoder_{name}", ("model", "bge-m3")]
 
 
 def test_sixty_requests_of_three_kinds_share_the_encoder(serving_kinds, flag):

@@ -24,8 +24,6 @@ OPERATIONS = ROOT / "docs" / "operations"
 OF_GPUS = {"nv_gpu_memory_used_bytes", "nv_gpu_memory_total_bytes", "nv_gpu_utilization"}
 PHASES = {"receive", "admission", "tokenise", "queue", "encode", "head", "serialise", "total"}
 TEXT = "the value of this class"
-_SAMPLE = re.compile(r"(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
 _PREFIX = "triton_embeddings_encoder_"
 
 
@@ -71,19 +69,6 @@ def phases(headers):
     return {name: float(duration) for name, duration in parts}
 
 
-def scrape(serving):
-    """Sample name and sorted labels, without the server's address -> value."""
-    with urllib.request.urlopen(f"{serving.url}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
-    # As Prometheus reads it: prometheus-client's own parser puts _total behind every counter's name.
-    samples = (_SAMPLE.fullmatch(line) for line in text.splitlines() if not line.startswith("#"))
-    found = {}
-    for sample in samples:
-        labels = sorted(set(_LABEL.findall(sample["labels"] or "")))
-        found[sample["name"], *(pair for pair in labels if pair[0] != "server")] = float(sample["value"])
-    return found
-
-
 @pytest.mark.parametrize(
     ("model", "path", "more"), [("tiny", "/v1/embeddings", {}), ("fused", "/v1/classify", {})]
 )
@@ -124,7 +109,7 @@ def test_times_are_each_requests_own_under_load(serving):
 
 def told_of_all(serving, model):
     """A scrape with the tokens of all answers and of the canary; the encoder tells a second later."""
-    found = scrape(serving)
+    found = serving.scrape()
     answered = found.get(("triton_embeddings_tokens_total", model), 0)
     return found if found[_PREFIX + "pass_tokens_sum", model] > answered else None
 
@@ -136,13 +121,13 @@ def test_one_scrape_tells_of_the_gateway_the_encoders_and_the_server(serving):
     assert headers["x-request-id"]
 
     def grown(name, *labels):
-        return scrape(serving).get((name, *labels), 0) - before.get((name, *labels), 0)
+        return serving.scrape().get((name, *labels), 0) - before.get((name, *labels), 0)
 
     tokens = grown("triton_embeddings_tokens_total", model)
     assert tokens == 2 * 7
     wait_until(lambda: grown(_PREFIX + "pass_tokens_sum", model) == tokens, "the encoder's numbers", 20)
     assert grown(_PREFIX + "turns_total", model) == 1
-    assert grown("nv_inference_count", ("model", "tiny.encoder"), ("version", "1")) == 1
+    assert grown("nv_inference_count", ("model", "tiny"), ("version", "1")) == 1
     label = ("model", "tiny"), ("route", "/v1/embeddings"), ("status", "200")
     assert grown("triton_embeddings_requests_total", *label) == 1
     assert grown("triton_embeddings_phase_duration_seconds_count", model, ("phase", "encode")) == 1
@@ -174,14 +159,14 @@ def test_every_metric_of_the_dashboard_and_the_alerts_exists(serving):
     ask(serving, {"model": "tiny", "input": TEXT})
     wanted = set().union(*map(names_in, expressions()))
     assert len(wanted) > 25
-    told = {name for name, *_ in scrape(serving)}
+    told = {name for name, *_ in serving.scrape()}
     assert wanted - told - OF_GPUS == set()
 
 
 def test_every_metric_of_ours_is_on_the_dashboard(serving):
     ask(serving, {"model": "tiny", "input": TEXT})
     shown = set().union(*map(names_in, expressions()))
-    told = {name for name, *_ in scrape(serving) if name.startswith("triton_embeddings_")}
+    told = {name for name, *_ in serving.scrape() if name.startswith("triton_embeddings_")}
     # Of a histogram one of its three is enough.
     rest = {name for name in told - shown if not name.endswith(("_count", "_sum"))}
     assert rest == set()

@@ -16,7 +16,7 @@ import tritonclient.grpc
 
 from tests.server.conftest import DEFAULT
 from tests.support.figures import show
-from tests.support.server import serve
+from tests.support.server import NO_PINGS, serve
 from triton_embeddings import models
 
 SECONDS = float(os.environ.get("OVERLOAD_S", "15"))
@@ -63,6 +63,7 @@ def serving(tmp_path_factory):
         GATEWAY_CANARY_INTERVAL_S="60",
         GATEWAY_MAX_QUEUED_TOKENS=str(QUEUED),
         GATEWAY_MAX_QUEUED_BULK_TOKENS=str(QUEUED_BULK),
+        **NO_PINGS,
     ) as running:
         yield running
 

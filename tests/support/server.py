@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,10 @@ from tests.conftest import ROOT
 
 COMMAND = ROOT / ".venv" / "bin" / "triton-embeddings"
 START_TIMEOUT_S = 180
+NO_PINGS = {"GATEWAY_PING_INTERVAL_S": "3600"}
+"""For tests that read how often a stage was asked: the gateway's pings count as well."""
+_SAMPLE = re.compile(r"(?P<name>\w+)(\{(?P<labels>.*)\})? (?P<value>\S+)")
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 # Long enough for the slowest machine: nothing is asserted about times.
 _ANSWER_TIMEOUT_S = 240
 
@@ -58,6 +63,21 @@ class Serving:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, json.load(error)
+
+    def scrape(self) -> dict[tuple[Any, ...], float]:
+        """Of the gateway's metrics: sample name and sorted labels, without the server's address -> value."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        # As Prometheus reads it: prometheus-client's own parser puts _total behind every counter's name.
+        found: dict[tuple[Any, ...], float] = {}
+        for sample in filter(None, (_SAMPLE.fullmatch(line) for line in lines if not line.startswith("#"))):
+            labels = sorted(set(_LABEL.findall(sample["labels"] or "")))
+            found[sample["name"], *(pair for pair in labels if pair[0] != "server")] = float(sample["value"])
+        return found
+
+    def turns(self, model: str) -> float:
+        """Of the encoder so far, as it told at most a second ago."""
+        return self.scrape().get(("triton_embeddings_encoder_turns_total", ("model", model)), 0)
 
     def descendants(self) -> dict[int, str]:
         """Process id -> command line of everything that this command has started."""
