@@ -33,18 +33,26 @@ def name_of(command: str) -> str:
     return module[1] if module else Path(words[0]).name
 
 
-def sizes(serving: Serving) -> dict[str, tuple[int, int]]:
-    """Name -> PSS and RSS in MiB."""
-    found: dict[str, tuple[int, int]] = {}
+def processes(serving: Serving) -> dict[int, tuple[str, int, int]]:
+    """Process id -> name, PSS and RSS in MiB."""
+    found: dict[int, tuple[str, int, int]] = {}
     for pid, command in serving.descendants().items():
         try:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:  # it has just ended
             continue
-        pss, rss = (int(re.findall(rf"^{kind}:\s+(\d+)", text, re.M)[0]) // 1024 for kind in ("Pss", "Rss"))
-        # Several processes of one stage count together.
-        before = found.get(name_of(command), (0, 0))
-        found[name_of(command)] = (before[0] + pss, before[1] + rss)
+        if sizes := re.findall(r"^(?:Pss|Rss):\s+(\d+)", text, re.M):
+            rss, pss = (int(size) // 1024 for size in sizes)
+            found[pid] = (name_of(command), pss, rss)
+    return found
+
+
+def sizes(serving: Serving) -> dict[str, tuple[int, int]]:
+    """Name -> PSS and RSS in MiB; several processes of one stage count together."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, pss, rss in processes(serving).values():
+        before = found.get(name, (0, 0))
+        found[name] = (before[0] + pss, before[1] + rss)
     return found
 
 

@@ -1,37 +1,46 @@
-"""Does anything grow? Hours of mixed requests, and the memory of every process all the while.
+"""Does anything grow, and is anything wrong, in an hour of mixed requests with faults among them?
 
     .venv-test/bin/python perf/soak.py
-    .venv-test/bin/python perf/soak.py --minutes 10 --kill-every 2
+    .venv-test/bin/python perf/soak.py --minutes 10 --fault-every 1
 
-Clients ask one route after the other, at random but the same each time: short texts and lists, wrong requests
-and texts that are too long among them. --kill-every kills the process of a stage every so many minutes, of a
-server that brings it back. A fifth of the time warms up; the slope of what follows is printed for each
-process, in MiB an hour, with how far the memory itself went. Rows go to perf/results/soak.csv.
+Serves the default model, and tiny ones of random weights of the other kinds. Clients ask one route after the
+other, at random but the same each time: short texts and lists, images, wrong requests and texts that are too
+long among them. Some of their requests are the same each time, and so must be their answers. A fault every so
+many minutes: at first the server is killed, then in turn a stage of one of the tiny models is killed or
+halted; the default model's are left alone, to be seen for the whole time.
+
+A fifth of the time warms up. For every process that lived for most of what follows the slope of its memory is
+printed, in MiB an hour, with how far the memory itself went. Rows go to perf/results/soak.csv.
 """
 
 import argparse
 import asyncio
 import collections
+import contextlib
 import os
 import random
 import signal
 import statistics
+import tempfile
 import threading
 import time
-from typing import Any
+from pathlib import Path
 
 import aiohttp
 import memory
 import model
 import server
 from recording import append
+from soak_requests import CHECKED, Request, draw, is_right, tiny_models
 
 from tests.support.server import Serving
 
 _SAMPLE_INTERVAL_S = 10.0
 _WARM_UP = 0.2
-Samples = list[tuple[float, dict[str, tuple[int, int]]]]
+Sample = tuple[float, dict[str, tuple[int, int]]]
 """Minutes since the beginning, and PSS and RSS in MiB by process."""
+Tally = collections.Counter[str]
+"""How often what came."""
 
 
 def main() -> None:
@@ -41,96 +50,107 @@ def main() -> None:
     server.add_arguments(parser)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--kill-every", type=float, default=0, metavar="MINUTES", help="0 is never")
+    parser.add_argument("--fault-every", type=float, default=3, metavar="MINUTES", help="0 is never")
     given = parser.parse_args()
-    with server.ours(given) as serving:
-        samples: Samples = []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        models = (server.minilm(stack), *tiny_models(folder))
+        serving = stack.enter_context(server.ours(given, *models))
+        samples: list[Sample] = []
+        tally: Tally = collections.Counter()
         is_over = threading.Event()
         watch = threading.Thread(target=sample, args=(serving, samples, is_over))
         watch.start()
         try:
-            statuses = asyncio.run(soak(serving, given))
+            asyncio.run(soak(serving, given, tally))
         finally:
+            # An hour's numbers are kept, whatever ended it.
             is_over.set()
             watch.join()
-    print("answers:", ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items())))
-    report(samples)
+            report(samples)
+            print("answers:", ", ".join(f"{what}: {count}" for what, count in sorted(tally.items())))
 
 
-def sample(serving: Serving, samples: Samples, is_over: threading.Event) -> None:
-    """Looks until it is over, and once more."""
+def sample(serving: Serving, samples: list[Sample], is_over: threading.Event) -> None:
+    """Looks until it is over, and once more. A process that took another's place has its number behind its
+    name.
+    """
     began = time.monotonic()
+    names: dict[int, str] = {}
+    lives: collections.Counter[str] = collections.Counter()
     while True:
-        samples.append(((time.monotonic() - began) / 60, memory.sizes(serving)))
+        found = {}
+        for pid, (name, pss, rss) in memory.processes(serving).items():
+            if pid not in names:
+                lives[name] += 1
+                names[pid] = name if lives[name] == 1 else f"{name} ({lives[name]})"
+            found[names[pid]] = (pss, rss)
+        samples.append(((time.monotonic() - began) / 60, found))
         if is_over.wait(_SAMPLE_INTERVAL_S):
             return
 
 
-async def soak(serving: Serving, given: argparse.Namespace) -> collections.Counter[int]:
-    """How often each status came; 0 is a connection that broke."""
+async def soak(serving: Serving, given: argparse.Namespace, tally: Tally) -> None:
+    """Returns when the time is over, or when one of the clients or the faults fails."""
     end = time.monotonic() + 60 * given.minutes
-    statuses: collections.Counter[int] = collections.Counter()
     texts = model.texts()
     timeout = aiohttp.ClientTimeout(600)
-    async with aiohttp.ClientSession(serving.url, timeout=timeout) as session:
-        tasks = [client(session, number, texts, end, statuses) for number in range(given.clients)]
-        if given.kill_every:
-            tasks.append(kill_stages(serving, 60 * given.kill_every, end))
-        await asyncio.gather(*tasks)
-    return statuses
+    async with aiohttp.ClientSession(serving.url, timeout=timeout) as session, asyncio.TaskGroup() as group:
+        right = {}
+        for request in CHECKED:
+            async with session.post(request.path, json=request.body) as answer:
+                answer.raise_for_status()
+                right[request.path, request.name] = await answer.json()
+        for number in range(given.clients):
+            group.create_task(client(session, random.Random(number), texts, right, end, tally))
+        if given.fault_every:
+            group.create_task(faults(serving, 60 * given.fault_every, end, tally))
 
 
 async def client(
     session: aiohttp.ClientSession,
-    number: int,
+    chance: random.Random,
     texts: list[str],
+    right: dict[tuple[str, str], object],
     end: float,
-    statuses: collections.Counter[int],
+    tally: Tally,
 ) -> None:
     """Sends its next request when the last is answered."""
-    chance = random.Random(number)
     while time.monotonic() < end:
-        path, body = draw(chance, texts)
+        request: Request = draw(chance, texts)
         try:
-            async with session.post(path, json=body) as answer:
-                await answer.read()
-                statuses[answer.status] += 1
-        except aiohttp.ClientError:
-            statuses[0] += 1
+            async with session.post(request.path, json=request.body) as answer:
+                found = await answer.json()
+                expected = request.statuses
+                tally[f"{answer.status}" if answer.status in expected else f"{answer.status} unexpected"] += 1
+                key = (request.path, request.name)
+                if answer.status == 200 and key in right and not is_right(found, right[key]):
+                    tally["wrong"] += 1
+        except (aiohttp.ClientError, TimeoutError) as error:
+            tally[f"no answer ({type(error).__name__})"] += 1
 
 
-def draw(chance: random.Random, texts: list[str]) -> tuple[str, dict[str, Any]]:
-    """A path and a body."""
-    one, some = chance.choice(texts), chance.choices(texts, k=chance.randint(2, 64))
-    requests: list[tuple[str, dict[str, Any], int]] = [
-        ("/v1/embeddings", {"input": one, "truncate": True}, 6),
-        ("/v1/embeddings", {"input": some, "truncate": True, "encoding_format": "base64"}, 4),
-        ("/embed", {"inputs": some[:16], "truncate": True}, 2),
-        ("/embed_all", {"inputs": one, "truncate": True}, 1),
-        ("/tokenize", {"inputs": one}, 2),
-        ("/v1/embeddings", {"input": one * 40}, 1),  # too long
-        ("/v1/embeddings", {"input": []}, 1),  # wrong
-        ("/v1/embeddings", {"input": one, "model": f"nobody-{chance.random()}"}, 1),
-    ]
-    path, body, _ = chance.choices(requests, [weight for *_, weight in requests])[0]
-    return path, body
-
-
-async def kill_stages(serving: Serving, every_s: float, end: float) -> None:
-    """One after the other."""
+async def faults(serving: Serving, every_s: float, end: float, tally: Tally) -> None:
+    """The server's death first, then those of its stages, or standing still, in turn."""
     chance = random.Random(0)
-    while time.monotonic() + every_s < end:
+    number = 0
+    while time.monotonic() + 2 * every_s < end:
         await asyncio.sleep(every_s)
-        stages = [pid for pid, line in serving.descendants().items() if "triton_python_backend_stub" in line]
-        os.kill(chance.choice(stages), signal.SIGKILL)
+        found = await asyncio.to_thread(memory.processes, serving)
+        stages = sorted(
+            pid for pid, (name, *_) in found.items() if "." in name and not name.startswith(server.NAME)
+        )
+        how = signal.SIGSTOP if number % 2 else signal.SIGKILL
+        victim = chance.choice(stages)
+        if number == 0:
+            (victim,) = [pid for pid, (name, *_) in found.items() if name == "tritonserver"]
+        tally[f"{how.name} of {found[victim][0]}"] += 1
+        os.kill(victim, how)
+        number += 1
 
 
-def report(samples: Samples) -> None:
-    rows = [
-        [f"{minute:.2f}", name, pss, rss]
-        for minute, found in samples
-        for name, (pss, rss) in sorted(found.items())
-    ]
+def report(samples: list[Sample]) -> None:
+    """Prints what grew, and adds to the table."""
     last = samples[-1][0]
     for name in sorted({name for _, found in samples for name in found}):
         points = [
@@ -138,10 +158,15 @@ def report(samples: Samples) -> None:
             for minute, found in samples
             if name in found and minute >= _WARM_UP * last
         ]
-        if len(points) > 2:
+        if len(points) > 2 and points[-1][0] - points[0][0] > 0.5 * last:
             minutes, sizes = zip(*points, strict=True)
             slope = 60 * statistics.linear_regression(minutes, sizes).slope
             print(f"{name:<32} {slope:>+8.1f} MiB PSS an hour  [{min(sizes)}-{max(sizes)} MiB]")
+    rows = [
+        [f"{minute:.2f}", name, pss, rss]
+        for minute, found in samples
+        for name, (pss, rss) in sorted(found.items())
+    ]
     append("soak.csv", ["minute", "process", "PSS MiB", "RSS MiB"], rows)
 
 
