@@ -1,3 +1,5 @@
+"""The servers end with the module that uses them: one that idles takes the processor from the others."""
+
 import warnings
 
 import pytest
@@ -29,7 +31,7 @@ def tiny(tmp_path_factory):
     return sentence_transformer(path, pooling, CHAIN, sentence=PROMPTS)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serving(tmp_path_factory, tiny):
     """The default model in the processor's best format and in float32, and the tiny checkpoint."""
     folder = tmp_path_factory.mktemp("serving")
@@ -65,7 +67,7 @@ def kinds(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serving_kinds(tmp_path_factory, kinds):
     """Everything in that folder, in float32."""
     folder = tmp_path_factory.mktemp("serving-kinds")
@@ -102,19 +104,14 @@ def classifiers(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serving_classifiers(tmp_path_factory, classifiers, kinds):
-    """Everything in that folder, in float32, and an embedding model; a classifier and the embedding model
-    with fused heads, too.
-    """
+    """Everything in that folder, in float32, and an embedding model."""
     folder = tmp_path_factory.mktemp("serving-classifiers")
     for path in sorted(classifiers.iterdir()):
         models.add(folder / "models", str(path), path.name, {"dtype": "float32"})
     embedding = {"dtype": "float32", "task": "BGE_M3"}
     models.add(folder / "models", str(kinds / "bge-m3"), "bge-m3", embedding)
-    fused = {"dtype": "float32", "fuse_heads": True}
-    models.add(folder / "models", str(kinds / "bge-m3"), "bge-m3-fused", fused)
-    models.add(folder / "models", str(classifiers / "multi-class"), "multi-class-fused", fused)
     with serve(
         folder / "output", "--model-repository", folder / "models", GATEWAY_CANARY_INTERVAL_S="60", **NO_PINGS
     ) as running:

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 
+from tests.support.server import NO_PINGS, serve
+from triton_embeddings import models
+
 TEXTS = [
     "what is the value",
     "x",
@@ -29,8 +32,22 @@ TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
-def client(serving_classifiers):
-    with tritonclient.grpc.InferenceServerClient(serving_classifiers.grpc) as made:
+def serving(tmp_path_factory, classifiers, kinds):
+    """An embedding model and a classifier, each with fused heads and without."""
+    folder = tmp_path_factory.mktemp("serving-fused")
+    for path in (kinds / "bge-m3", classifiers / "multi-class"):
+        models.add(folder / "models", str(path), path.name, {"dtype": "float32"})
+        fused = {"dtype": "float32", "fuse_heads": True}
+        models.add(folder / "models", str(path), f"{path.name}-fused", fused)
+    with serve(
+        folder / "output", "--model-repository", folder / "models", GATEWAY_CANARY_INTERVAL_S="60", **NO_PINGS
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(serving):
+    with tritonclient.grpc.InferenceServerClient(serving.grpc) as made:
         yield made
 
 
@@ -93,7 +110,7 @@ def test_a_wrong_dimension_is_refused_alone(client):
             assert answer.message().endswith("invalid_dimensions: dimensions is 99; this model takes 1 to 32")
 
 
-def test_there_are_no_processes_of_heads(client, serving_classifiers):
+def test_there_are_no_processes_of_heads(client):
     entries = {model.name for model in client.get_model_repository_index().models}
     fused = {name for name in entries if "-fused" in name}
     assert fused == {
@@ -115,16 +132,16 @@ def _executions(client):
     return [stats.inference_count for one in found for stats in one]
 
 
-def test_through_the_gateway(serving_classifiers):
+def test_through_the_gateway(serving):
     body = {"input": TEXTS, "outputs": ["dense", "sparse", "colbert"]}
     rows = {}
     for model in ("bge-m3", "bge-m3-fused"):
-        status, rows[model] = serving_classifiers.post({"model": model, **body}, "/v1/embeddings/hybrid")
+        status, rows[model] = serving.post({"model": model, **body}, "/v1/embeddings/hybrid")
         assert status == 200, rows[model]
     for ours, theirs in zip(rows["bge-m3-fused"]["data"], rows["bge-m3"]["data"], strict=True):
         np.testing.assert_allclose(ours["dense"], theirs["dense"], atol=1e-5)
         np.testing.assert_allclose(ours["colbert"], theirs["colbert"], atol=1e-5)
         assert ours["sparse"]["indices"] == theirs["sparse"]["indices"]
-    status, answer = serving_classifiers.post({"model": "bge-m3-fused", "inputs": "x"}, "/embed_all")
+    status, answer = serving.post({"model": "bge-m3-fused", "inputs": "x"}, "/embed_all")
     assert status == 400
     assert "the model bge-m3-fused does not serve" in json.dumps(answer)

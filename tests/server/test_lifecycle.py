@@ -30,28 +30,7 @@ def is_alive(pid):
     return Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text() != ""
 
 
-def test_scripts_serve_from_any_folder_to_the_end(tmp_path, reference):
-    """What the README promises: one command, the printed curl line, Ctrl-C."""
-    with serve(tmp_path / "output", command=[ROOT / "scripts" / "serve"]) as serving:
-        said = serving.output.read_text()
-        assert re.search(r"all-MiniLM-L6-v2 +embed, tokens +384 +256", said)
-        curl = re.search(r"^ +(curl .*)$", said, re.MULTILINE)[1]
-        answer = subprocess.run(shlex.split(curl), capture_output=True, check=True, timeout=60).stdout
-        got = np.array(json.loads(answer)["data"][0]["embedding"])[None]
-        assert cosine(got, reference.encode(["Hello, world"]))[0] >= 0.999
-        children = serving.descendants()
-        assert any("tritonserver" in line for line in children.values())
-        assert any("triton_python_backend_stub" in line for line in children.values())
-        assert shared_memory(serving.process.pid)
-        # The whole group, as a terminal's Ctrl-C would; the children are in sessions of their own.
-        serving.process.send_signal(signal.SIGINT)
-        assert serving.process.wait(60) == 0
-    assert "stopping" in serving.output.read_text()
-    wait_until(lambda: not any(map(is_alive, children)), "the end of all processes", 20)
-    assert shared_memory(serving.process.pid) == []
-
-
-def test_the_server_listens_on_loopback_only(serving):
+def assert_listens_on_loopback_only(serving):
     listening = [
         line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
     ]
@@ -65,6 +44,28 @@ def test_the_server_listens_on_loopback_only(serving):
     assert set(found) == ports
     # 127.0.0.1, or the same in a socket of both families.
     assert set(found.values()) <= {"0100007F", "0000000000000000FFFF00000100007F"}
+
+
+def test_scripts_serve_from_any_folder_to_the_end(tmp_path, reference):
+    """What the README promises: one command, the printed curl line, Ctrl-C."""
+    with serve(tmp_path / "output", command=[ROOT / "scripts" / "serve"]) as serving:
+        said = serving.output.read_text()
+        assert re.search(r"all-MiniLM-L6-v2 +embed, tokens +384 +256", said)
+        curl = re.search(r"^ +(curl .*)$", said, re.MULTILINE)[1]
+        answer = subprocess.run(shlex.split(curl), capture_output=True, check=True, timeout=60).stdout
+        got = np.array(json.loads(answer)["data"][0]["embedding"])[None]
+        assert cosine(got, reference.encode(["Hello, world"]))[0] >= 0.999
+        assert_listens_on_loopback_only(serving)
+        children = serving.descendants()
+        assert any("tritonserver" in line for line in children.values())
+        assert any("triton_python_backend_stub" in line for line in children.values())
+        assert shared_memory(serving.process.pid)
+        # The whole group, as a terminal's Ctrl-C would; the children are in sessions of their own.
+        serving.process.send_signal(signal.SIGINT)
+        assert serving.process.wait(60) == 0
+    assert "stopping" in serving.output.read_text()
+    wait_until(lambda: not any(map(is_alive, children)), "the end of all processes", 20)
+    assert shared_memory(serving.process.pid) == []
 
 
 @pytest.fixture

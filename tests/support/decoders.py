@@ -195,12 +195,14 @@ def without_chat_template(source: Path, path: Path) -> Path:
     return path
 
 
-def qwen3_embedding_shapes(path: Path) -> Path:
-    """The shapes of Qwen3-Embedding-0.6B in bfloat16, in two shards: 1.2 GB of repeated noise."""
+def qwen3_embedding_shapes(path: Path, layers: int = 28) -> Path:
+    """The shapes of Qwen3-Embedding-0.6B in bfloat16, in two shards: 1.2 GB of repeated noise if it has all
+    its layers.
+    """
     config = transformers.Qwen3Config(
         vocab_size=151669,
         hidden_size=1024,
-        num_hidden_layers=28,
+        num_hidden_layers=layers,
         num_attention_heads=16,
         num_key_value_heads=8,
         head_dim=128,
