@@ -11,7 +11,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -37,6 +37,7 @@ from gateway import phases
 from gateway.admission import Admission, AdmissionLimits
 from gateway.availability import Availability
 from gateway.batches import Answer, Array, Item, Part, cut, merge, size, tensors
+from gateway.charge import charged, check
 from gateway.context import current
 from gateway.errors import (
     AnswerTooLarge,
@@ -203,15 +204,17 @@ class GrpcInference:
             except TimedOut:
                 ticket.expire()
                 raise
-        failures = [
-            _place(a, part) for a, part in zip(answers, parts, strict=True) if isinstance(a, RefusedItem)
-        ]
-        if failures:
-            # Of several refused items the client is told the first, whichever server request came back first.
-            raise min(failures, key=lambda error: error.item or 0)
+            failures = [
+                _place(a, part) for a, part in zip(answers, parts, strict=True) if isinstance(a, RefusedItem)
+            ]
+            if failures:
+                # Of several refused items the client is told the first, whichever server request came back
+                # first.
+                raise min(failures, key=lambda error: error.item or 0)
         good = [answer for answer in answers if not isinstance(answer, RefusedItem)]
         return {name: merge(name, good, parts, len(items)) for name in outputs}
 
+    @contextlib.contextmanager
     def _enter(
         self,
         pipeline: Pipeline,
@@ -219,7 +222,7 @@ class GrpcInference:
         parts: Sequence[Part],
         outputs: Sequence[str],
         stage: str | None,
-    ) -> Ticket | FreePass:
+    ) -> Iterator[Ticket | FreePass]:
         """A client request's leave to send what it has. Raises TooManyRequests.
 
         A canary must tell of the server, not of the queue. What one stage alone answers takes nothing of the
@@ -227,10 +230,16 @@ class GrpcInference:
         """
         context = current()
         if context is None or stage is not None:
-            return FreePass()
+            yield FreePass()
+            return
         queue = self.admission.queue(pipeline.name, pipeline.served_model_name, pipeline.max_batch_tokens)
         price = Price(sum(part.tokens for part in parts), sum(part.size for part in parts))
-        return queue.enter(price, context.lane, lambda: hash((tuple(items), tuple(outputs))))
+        check(context)
+        with (
+            queue.enter(price, context.lane, lambda: hash((tuple(items), tuple(outputs)))) as ticket,
+            charged(context, price.tokens, lambda: ticket.sent),
+        ):
+            yield ticket
 
     async def _outlive(self, stay: Coroutine[Any, Any, Result]) -> Result:
         """Its result. Where nobody waits for that any more, what has not been sent ends, and what has been
@@ -358,8 +367,8 @@ class GrpcInference:
         return None if last == _NEVER else last
 
     async def close(self) -> None:
-        for call in [call for calls in self._calls.values() for call in calls]:
-            call.cancel()
+        for task in [*self._stays, *(call for calls in self._calls.values() for call in calls)]:
+            task.cancel()
         await asyncio.gather(*self._stays, return_exceptions=True)
         await asyncio.gather(*(server.close() for server in self.servers))
 

@@ -165,6 +165,8 @@ class Ticket:
         self.turn_left = budget
         self.is_in_lane = False
         self.has_begun = False
+        self.sent = 0
+        """Tokens that went to the server so far."""
         lane.count(*price, before=0)
 
     def turn(self, tokens: int, size: int) -> Turn:
@@ -203,6 +205,7 @@ class Ticket:
         waiter = self._waiters.popleft()
         self.has_begun = True
         self.turn_left -= waiter.tokens
+        self.sent += waiter.tokens
         self._leave(waiter.tokens, waiter.size)
         waiter.is_granted.set_result(is_express)
 

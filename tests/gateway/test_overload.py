@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import dataclasses
+import json
 import time
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from backends.contract import DENSE, LOGITS, N_TOKENS, TRUNCATED
+from gateway import metrics
 from gateway.admission import AdmissionLimits
 from gateway.context import Lane
 from gateway.inference import GrpcInference
+from gateway.keys import digest_of
 from tests.gateway.conftest import running
 from tests.support.fake_inference import CLASSIFIER, PIPELINE, RERANKER
 from tests.support.figures import show
@@ -335,6 +338,61 @@ async def test_calls_that_nobody_waits_for_end_with_the_gateway(inference):
         assert answer.status_code == 504
         assert server.cancelled == 0
     assert server.cancelled == 1
+
+
+@pytest.fixture
+async def limited(inference, tmp_path):
+    """A client whose key has 64 tokens a minute; four texts cost that until they are answered, and then 4."""
+    file = tmp_path / "keys.json"
+    file.write_text(
+        json.dumps([{"name": "a", "sha256": digest_of("a-long-key").hex(), "tokens_per_minute": 64}])
+    )
+    async with running(inference, api_keys_file=file) as client:
+        client.headers["api-key"] = "a-long-key"
+        yield client
+
+
+def refused_requests():
+    samples = [sample for metric in metrics.REJECTED_REQUESTS.collect() for sample in metric.samples]
+    return sum(sample.value for sample in samples)
+
+
+async def test_requests_at_one_time_share_what_a_key_has(limited, inference):
+    inference.servers[0].client.release.clear()
+    before = refused_requests()
+    body = {"input": [TEXT] * 2}
+    tasks = [asyncio.create_task(limited.post("/v1/embeddings", json=body)) for _ in range(10)]
+    await until(lambda: sum(task.done() for task in tasks) == 7)
+    inference.servers[0].client.release.set()
+    answers = await asyncio.gather(*tasks)
+    assert sorted(answer.status_code for answer in answers) == [200] * 3 + [429] * 7
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert "the key 'a' has used more than its 64 tokens a minute" in refused.json()["error"]["message"]
+    assert 0 < int(refused.headers["retry-after-ms"]) <= 32_000
+    assert refused_requests() == before + 7
+    last = await limited.post("/v1/embeddings", json=body)
+    assert 64 - 4 * 2 <= int(last.headers["x-ratelimit-remaining-tokens"]) <= 64
+
+
+async def test_what_has_no_answer_costs_a_key_what_was_sent(limited, inference):
+    inference.servers[0].client.release.clear()
+    answer = await limited.post("/v1/embeddings", json={"input": [TEXT] * 20, "timeout": 0.5})
+    assert answer.status_code == 504
+    assert len(inference.servers[0].client.asked) * 4 * 16 == 128, "the rest was never sent"
+    answer = await limited.post("/v1/embeddings", json={"input": TEXT})
+    assert answer.status_code == 429
+    # 64 tokens are owed, and about one comes back each second.
+    assert 50_000 < int(answer.headers["retry-after-ms"]) <= 60_000
+
+
+async def test_work_with_a_refused_item_costs_a_key_what_was_sent(limited, inference):
+    inference.servers[0].client.fault = (
+        "in ensemble 'a', invalid_input at item 3: bad",
+        "StatusCode.UNKNOWN",
+    )
+    answer = await limited.post("/v1/embeddings", json={"input": [TEXT] * 4})
+    assert answer.status_code == 400
+    assert answer.headers["x-ratelimit-remaining-tokens"] == "0"
 
 
 async def test_both_sides_of_a_comparison_end_together(client, inference):
