@@ -155,7 +155,7 @@ class ModelQueue:
         kept, wait = 0, _UNKNOWN_WAIT_S
         if rate is not None:
             kept = lane.promised(now, rate)
-            wait = lane.places.keep(key, price.tokens, now, lane.charged / rate, rate)
+            wait = lane.keep_place(price, key, now, rate)
         return TooManyRequests(
             f"the model {self._name} is busy: {_explain(lane, price, kept)}; try again in {wait:.1f} s",
             retry_after_s=wait,
@@ -176,7 +176,7 @@ def _explain(lane: LaneQueue, price: Price, kept: int) -> str:
     bulk = "BULK_" if lane.lane is Lane.BULK else ""
     name = f"GATEWAY_MAX_QUEUED_{bulk}TOKENS"
     own, waiting, most, unit = price.tokens, lane.charged, lane.most_tokens, "tokens"
-    if lane.bytes + price.size > lane.most_bytes and waiting + own <= most:
+    if lane.lacks_bytes(price):
         own, waiting, most, unit = price.size, lane.bytes, lane.most_bytes, "bytes"
         name, kept = "GATEWAY_MAX_QUEUED_BYTES", 0
     promised = f", room for {kept} is kept for those who were told to come back" if kept else ""

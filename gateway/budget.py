@@ -9,8 +9,8 @@ from collections.abc import Callable
 class Budget:
     """A bucket of one minute's tokens that fills evenly.
 
-    A request's tokens are known when it is answered, so they are taken out afterwards: the bucket may go
-    below nothing, and until it is back there, nothing more is taken in.
+    A request may take out more than there is: the bucket goes below nothing, and until it is back there,
+    nothing more is taken in.
     """
 
     def __init__(self, tokens_per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:

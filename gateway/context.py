@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 
 class Lane(StrEnum):
@@ -30,6 +30,15 @@ class ServerRequest:
     phases: Mapping[str, float]
 
 
+class TokenBudget(Protocol):
+    """What a key may have computed; `gateway/budget.py` has it."""
+
+    tokens_per_minute: int
+
+    def charge(self, n_tokens: int) -> None: ...
+    def wait_s(self) -> float: ...
+
+
 @dataclass
 class RequestContext:
     """Of one HTTP request."""
@@ -45,6 +54,10 @@ class RequestContext:
     """What set the deadline, in words."""
     key_name: str | None = None
     """Of the API key that it came with; None where none is asked for."""
+    budget: TokenBudget | None = None
+    """Of the key's tokens; None where it has no limit."""
+    is_charged: bool = False
+    """Whether something of it was taken out of that: it is let in, and is not refused half way."""
     models: frozenset[str] | None = None
     """Names of the models that it may use; None is all."""
     n_tokens: int = 0
@@ -60,6 +73,12 @@ class RequestContext:
     answered_at: float | None = None
     """time.monotonic() of the last answer of a model, put together."""
     last_server_request: ServerRequest | None = None
+
+    def charge(self, n_tokens: int) -> None:
+        """Takes so many out of the budget of its key, or puts them back where they are negative."""
+        if self.budget is not None:
+            self.is_charged = True
+            self.budget.charge(n_tokens)
 
     @property
     def route(self) -> str:
@@ -79,6 +98,7 @@ def count_tokens(n_tokens: int) -> None:
     """Tells what the request that runs has cost."""
     if (context := current()) is not None:
         context.n_tokens += n_tokens
+        context.charge(n_tokens)
 
 
 def enter(context: RequestContext) -> None:

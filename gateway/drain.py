@@ -83,9 +83,9 @@ class Draining:
         try:
             await self._app(scope, receive, send_and_close)
         except asyncio.CancelledError:
-            if not self._drain.is_refused(task):
+            # Whoever stops the process may have cancelled the task as well.
+            if not self._drain.is_refused(task) or task.uncancel():
                 raise
-            task.uncancel()
             fault = Unavailable("the gateway is stopping, and the answer was not ready in time; try again")
             response = await self._answer(Request(scope, receive), fault)
             await response(scope, receive, send_and_close)

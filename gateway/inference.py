@@ -11,8 +11,8 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import tritonclient.grpc.aio as server_client
@@ -37,6 +37,7 @@ from gateway import phases
 from gateway.admission import Admission, AdmissionLimits
 from gateway.availability import Availability
 from gateway.batches import Answer, Array, Item, Part, cut, merge, size, tensors
+from gateway.charge import charged, check
 from gateway.context import current
 from gateway.errors import (
     AnswerTooLarge,
@@ -55,6 +56,7 @@ from gateway.urgency import time_limit
 logger = logging.getLogger(__name__)
 
 Parameters = Mapping[str, str | int | bool]
+Result = TypeVar("Result")
 
 _LARGE = frozenset({TOKEN_VECTORS, TOKEN_EMBEDDINGS})
 _LARGE_PARTS = 4
@@ -122,10 +124,10 @@ class GrpcInference:
         self._last_success: dict[str, float] = {}
         self._image_turns: dict[str, asyncio.Semaphore] = {}
         self._known: dict[str, Pipeline] = {}
-        # Tasks that wait for a server request, by server and ensemble, and those that were told that it will
-        # not come.
-        self._waiting: dict[tuple[str, str], set[asyncio.Task[Any]]] = {}
-        self._told: set[asyncio.Task[Any]] = set()
+        # Calls to the servers, by server and ensemble; a cancelled one met a process that died.
+        self._calls: dict[tuple[str, str], set[asyncio.Task[Any]]] = {}
+        # Server requests with their turns; some are there when their clients have gone.
+        self._stays: set[asyncio.Task[Any]] = set()
 
     def _turn(
         self, pipeline: Pipeline, stage: str | None, part: Part
@@ -171,19 +173,21 @@ class GrpcInference:
         answered = 0
         began = time.monotonic()
 
+        async def stay(part: Part) -> tuple[float, dict[str, Array]]:
+            own = [items[i] for i in part.places]
+            model = _entry(pipeline, stage, has_images=part.has_images)
+            told = _times(pipeline, stage, has_images=part.has_images)
+            async with ticket.turn(part.tokens, part.size), self._turn(pipeline, stage, part):
+                sent = time.monotonic()
+                given = tensors(own, stage)
+                return sent, await self._ask(pipeline, model, given, [*asked, *told], parameters)
+
         async def infer_part(part: Part) -> dict[str, Array]:
             nonlocal answered
             async with gate:
                 if answered > self._max_answer_bytes:
                     raise _too_large(self._max_answer_bytes)
-                own = [items[i] for i in part.places]
-                model = _entry(pipeline, stage, has_images=part.has_images)
-                told = _times(pipeline, stage, has_images=part.has_images)
-                async with ticket.turn(part.tokens, part.size), self._turn(pipeline, stage, part):
-                    sent = time.monotonic()
-                    answer = await self._ask(
-                        pipeline, model, tensors(own, stage), [*asked, *told], parameters
-                    )
+                sent, answer = await self._outlive(stay(part))
                 _record(began, sent, answer, stage)
                 answered += sum(array.nbytes * _JSON_WEIGHT.get(name, 1) for name, array in answer.items())
                 if answered > self._max_answer_bytes:
@@ -200,15 +204,17 @@ class GrpcInference:
             except TimedOut:
                 ticket.expire()
                 raise
-        failures = [
-            _place(a, part) for a, part in zip(answers, parts, strict=True) if isinstance(a, RefusedItem)
-        ]
-        if failures:
-            # Of several refused items the client is told the first, whichever server request came back first.
-            raise min(failures, key=lambda error: error.item or 0)
+            failures = [
+                _place(a, part) for a, part in zip(answers, parts, strict=True) if isinstance(a, RefusedItem)
+            ]
+            if failures:
+                # Of several refused items the client is told the first, whichever server request came back
+                # first.
+                raise min(failures, key=lambda error: error.item or 0)
         good = [answer for answer in answers if not isinstance(answer, RefusedItem)]
         return {name: merge(name, good, parts, len(items)) for name in outputs}
 
+    @contextlib.contextmanager
     def _enter(
         self,
         pipeline: Pipeline,
@@ -216,7 +222,7 @@ class GrpcInference:
         parts: Sequence[Part],
         outputs: Sequence[str],
         stage: str | None,
-    ) -> Ticket | FreePass:
+    ) -> Iterator[Ticket | FreePass]:
         """A client request's leave to send what it has. Raises TooManyRequests.
 
         A canary must tell of the server, not of the queue. What one stage alone answers takes nothing of the
@@ -224,10 +230,29 @@ class GrpcInference:
         """
         context = current()
         if context is None or stage is not None:
-            return FreePass()
+            yield FreePass()
+            return
         queue = self.admission.queue(pipeline.name, pipeline.served_model_name, pipeline.max_batch_tokens)
         price = Price(sum(part.tokens for part in parts), sum(part.size for part in parts))
-        return queue.enter(price, context.lane, lambda: hash((tuple(items), tuple(outputs))))
+        check(context)
+        with (
+            queue.enter(price, context.lane, lambda: hash((tuple(items), tuple(outputs)))) as ticket,
+            charged(context, price.tokens, lambda: ticket.sent),
+        ):
+            yield ticket
+
+    async def _outlive(self, stay: Coroutine[Any, Any, Result]) -> Result:
+        """Its result. Where nobody waits for that any more, what has not been sent ends, and what has been
+        keeps its turn until the server is done with it.
+        """
+        task = asyncio.create_task(stay)
+        self._stays.add(task)
+        task.add_done_callback(self._stays.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
 
     async def _ask(
         self,
@@ -272,7 +297,7 @@ class GrpcInference:
         if not usable:
             raise _not_answering(pipeline.served_model_name)
         able = (server for server in self.servers if server.address in usable)
-        return min(able, key=lambda server: len(self._waiting.get((server.address, ensemble), ())))
+        return min(able, key=lambda server: len(self._calls.get((server.address, ensemble), ())))
 
     async def _send(
         self,
@@ -288,13 +313,9 @@ class GrpcInference:
             tensor = server_client.InferInput(name, list(elements.shape), "BYTES")
             tensor.set_data_from_numpy(elements)
             inputs.append(tensor)
-        task = asyncio.current_task()
-        assert task is not None
-        waiting = self._waiting.setdefault((server.address, pipeline.ensemble_of(model)), set())
-        waiting.add(task)
         context = current()
-        try:
-            result = await server.client.infer(
+        call = asyncio.create_task(
+            server.client.infer(
                 model,
                 inputs,
                 request_id=context.request_id if context else "",
@@ -303,24 +324,33 @@ class GrpcInference:
                 parameters=dict(parameters) or None,
                 client_timeout=self._timeout_s,
             )
+        )
+        calls = self._calls.setdefault((server.address, pipeline.ensemble_of(model)), set())
+        calls.add(call)
+        call.add_done_callback(calls.discard)
+        try:
+            await asyncio.wait([call])
+        except asyncio.CancelledError:
+            # An ensemble computes what it has taken in, cancelled or not (server 2.51), and new work in
+            # its place would come on top. Canaries and single stages take no place.
+            if context is None or model in pipeline.steps:
+                call.cancel()
+            await asyncio.wait([call])
+            if call.cancelled() or call.exception() is not None:
+                raise
+        if call.cancelled():
+            raise _not_answering(pipeline.served_model_name)
+        try:
+            result = call.result()
         except InferenceServerException as error:
             raise self._explain(error, pipeline.served_model_name) from error
-        except asyncio.CancelledError:
-            if task not in self._told:
-                raise
-            task.uncancel()
-            raise _not_answering(pipeline.served_model_name) from None
-        finally:
-            waiting.discard(task)
-            self._told.discard(task)
         self._last_success[model] = time.monotonic()
         return {name: result.as_numpy(name) for name in outputs}
 
     def _tell(self, address: str, ensemble: str, is_first: bool) -> None:
         """Ends the wait for a process that died: what it had taken in is answered by nobody (server 2.51)."""
-        for task in self._waiting.get((address, ensemble), set()) - self._told:
-            self._told.add(task)
-            task.cancel()
+        for call in self._calls.get((address, ensemble), ()):
+            call.cancel()
 
     def last_success(self, pipeline: Pipeline) -> float | None:
         text, image, both = (
@@ -337,6 +367,9 @@ class GrpcInference:
         return None if last == _NEVER else last
 
     async def close(self) -> None:
+        for task in [*self._stays, *(call for calls in self._calls.values() for call in calls)]:
+            task.cancel()
+        await asyncio.gather(*self._stays, return_exceptions=True)
         await asyncio.gather(*(server.close() for server in self.servers))
 
     def _explain(self, error: InferenceServerException, subject: str) -> GatewayError:

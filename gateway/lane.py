@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from gateway.context import Lane
 from gateway.places import Places
 
-# What of the bound may wait where those who were told to come back do.
+# What of the bounds may wait where those who were told to come back do.
 _HONOURED = 1.5
 
 
@@ -74,7 +74,7 @@ class LaneQueue:
         self.tickets: deque[Ticket] = deque()
         self.unbegun: deque[Ticket] = deque()
         """Those of which nothing was sent yet, and maybe others."""
-        self.places = Places()
+        self.places = Places(most_tokens)
         self.tokens = self.bytes = self.requests = self.rejected = self.expired = 0
         self.charged = 0
         """Tokens as they count for the bound: of one request no more than half of it, so that a huge
@@ -121,14 +121,25 @@ class LaneQueue:
         """
         if not self.requests:
             return True
-        tokens = self.charged + price.tokens
-        if self.bytes + price.size > self.most_bytes:
-            return False
+        tokens, size = self.charged + price.tokens, self.bytes + price.size
         if self.places and self.places.take(key(), now):
             # The server may have become slower than it was when it was promised.
-            return tokens <= self.most_tokens * _HONOURED
+            return tokens <= self.most_tokens * _HONOURED and size <= self.most_bytes * _HONOURED
         promised = 0 if rate is None else self.promised(now, rate)
-        return tokens + promised <= self.most_tokens
+        return tokens + promised <= self.most_tokens and size <= self.most_bytes
+
+    def keep_place(self, price: Price, key: Hashable, now: float, rate: float) -> float:
+        """The seconds after which a request that has no room is to come back."""
+        if not self.lacks_bytes(price):
+            return self.places.keep(key, price.tokens, now, self.charged / rate, rate)
+        # All bytes that wait are gone when all tokens are, and it takes as much of that as it has bytes.
+        tokens = max(price.tokens, self.tokens * price.size // self.bytes)
+        return self.places.keep(key, tokens, now, self.tokens / rate, rate)
+
+    def lacks_bytes(self, price: Price) -> bool:
+        """Whether it is for its bytes that a request has no room."""
+        has_tokens = self.charged + price.tokens <= self.most_tokens
+        return has_tokens and self.bytes + price.size > self.most_bytes
 
     def promised(self, now: float, rate: float) -> int:
         """Tokens for which room is kept: of those who were told to come before what waits now is done. Half
@@ -165,6 +176,8 @@ class Ticket:
         self.turn_left = budget
         self.is_in_lane = False
         self.has_begun = False
+        self.sent = 0
+        """Tokens that went to the server so far."""
         lane.count(*price, before=0)
 
     def turn(self, tokens: int, size: int) -> Turn:
@@ -203,6 +216,7 @@ class Ticket:
         waiter = self._waiters.popleft()
         self.has_begun = True
         self.turn_left -= waiter.tokens
+        self.sent += waiter.tokens
         self._leave(waiter.tokens, waiter.size)
         waiter.is_granted.set_result(is_express)
 

@@ -30,6 +30,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 NO_MODEL = "none"
 """Of a request that no model was asked for: it was refused before, or is not about one."""
+NO_LANE = "none"
+"""Of a request that is refused before its size, which says the lane, is known."""
 OTHER_ROUTE = "other"
 """Of a path that does not exist, and of pages that are not the API."""
 
@@ -123,7 +125,7 @@ TOKENS_PER_SECOND = Gauge(
 )
 REJECTED_REQUESTS = Counter(
     "triton_embeddings_rejected_requests",
-    "Requests that were refused because too much waited",
+    "Requests that were refused because too much waited, or because their key had used its tokens",
     ("lane", "model"),
     registry=_registry,
 )
@@ -206,6 +208,11 @@ def count_request(context: RequestContext, status: int, seconds: float) -> None:
     if context.model:
         for phase, duration in context.phases.items():
             _phase_duration(phase, model).observe(duration)
+
+
+def count_refusal_of_key(context: RequestContext) -> None:
+    """Of a request whose key has used up its tokens; before its body is read it has no model yet."""
+    REJECTED_REQUESTS.labels(context.lane or NO_LANE, context.model or NO_MODEL).inc()
 
 
 # Looking a series up by its labels takes as long as adding to it.

@@ -10,8 +10,11 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-# OpenAI's clients take no longer wait than that from a server, and choose one of their own.
-_LONGEST_WAIT_S = 60.0
+# Places are kept for so many times what the lane may hold: of ten times as many clients as fit each is told
+# the truth (with once, five of six came in vain), and a flood that never comes back takes no more than that
+# of anybody's time, and little memory.
+_MOST_LANES = 16
+_MOST_PLACES = 10_000
 # Of the measured rate. A server on a shared machine becomes a quarter slower within a minute, and who was
 # told to come would pile up; what it does more than was promised newcomers take.
 _PROMISED = 0.7
@@ -34,7 +37,9 @@ class _Place:
 class Places:
     """Of one lane. Times are those of one clock, in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, lane_tokens: int) -> None:
+        """`lane_tokens` may wait in the lane."""
+        self._most_tokens = _MOST_LANES * lane_tokens
         self._in_order: deque[_Place] = deque()
         self._by_key: dict[Hashable, deque[_Place]] = {}
         self._next_due = 0.0
@@ -44,11 +49,14 @@ class Places:
 
     def keep(self, key: Hashable, tokens: int, now: float, wait_s: float, tokens_per_s: float) -> float:
         """The seconds after which a request is to come back: not before `wait_s`, and not before the server
-        has done what others were told to come back with. Of very long waits no place is kept.
+        has done what others were told to come back with. Where too many have places none is kept, and
+        nobody has to wait for it.
         """
+        self.forget(now)
         due = max(now + wait_s, self._next_due)
-        if due - now > _LONGEST_WAIT_S:
-            return _LONGEST_WAIT_S
+        # Of those that were taken some are still in the order, behind one that was not.
+        if self._tokens + tokens > self._most_tokens or len(self._in_order) >= _MOST_PLACES:
+            return due - now
         self._next_due = due + tokens * self._return_rate / (tokens_per_s * _PROMISED)
         place = _Place(key, tokens, due)
         self._in_order.append(place)

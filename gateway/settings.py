@@ -107,7 +107,9 @@ class Settings(BaseSettings):
     max_queued_bulk_tokens: int = Field(2_000_000, ge=1)
     """The same of bulk requests."""
     max_queued_bytes: int = Field(256 * 2**20, ge=1)
-    """Texts and images that wait for a model in each of the two lanes, in each gateway process."""
+    """Texts and images that wait for a model in each of the two lanes, in each gateway process; half as much
+    again where those who were told to come back do.
+    """
     canary_interval_s: float = Field(5.0, gt=0)
     """How often a model without traffic is asked whether it still answers."""
     patience_s: float = Field(60.0, gt=0)

@@ -19,12 +19,17 @@ class Vocabulary:
 
     def __init__(self, inference: Inference) -> None:
         self._inference = inference
-        self._texts: dict[tuple[str, str, tuple[str, ...]], dict[int, str]] = {}
+        self._texts: dict[str, tuple[tuple[str, tuple[str, ...]], dict[int, str]]] = {}
+        """By model: of which checkpoint and stages they are, and the texts."""
 
     async def texts(self, pipeline: Pipeline, ids: Sequence[int]) -> dict[int, str]:
         """What each id alone decodes to, and maybe more ids. Raises GatewayError."""
         # A model of the same name that comes from elsewhere, or that was loaded anew, is another one.
-        known = self._texts.setdefault((pipeline.name, pipeline.checkpoint, pipeline.steps), {})
+        origin = (pipeline.checkpoint, pipeline.steps)
+        last, known = self._texts.get(pipeline.name, (None, {}))
+        if last != origin:
+            known = {}
+            self._texts[pipeline.name] = origin, known
         missing = sorted(set(ids) - known.keys())
         for start in range(0, len(missing), _MAX_IDS):
             wanted = missing[start : start + _MAX_IDS]

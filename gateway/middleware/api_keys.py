@@ -1,4 +1,4 @@
-"""Lets requests in by their API keys, and prices what they have computed."""
+"""Lets requests in by their API keys, and tells what is left of their tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.access import Access
 from gateway.budget import Budget, Budgets
-from gateway.context import RequestContext, current
-from gateway.errors import GatewayError, TooManyRequests
+from gateway.charge import check
+from gateway.context import current
+from gateway.errors import GatewayError
 
 Refuse = Callable[[Request, GatewayError], Awaitable[Response]]
 """An error -> its answer in the dialect of the request."""
@@ -38,51 +39,29 @@ class ApiKeys:
             if key is not None:
                 context.key_name, context.models, context.lane = key.name, key.models, key.lane
                 if key.tokens_per_minute is not None:
-                    budget = self._budgets.of(key.name, key.tokens_per_minute)
-                    _check(budget, key.name)
+                    context.budget = budget = self._budgets.of(key.name, key.tokens_per_minute)
+                    # Once more when its size is known: others may have come in while its body was read.
+                    check(context)
         except GatewayError as error:
             response = await self._refuse(Request(scope), error)
             await response(scope, receive, send)
             return
-        if budget is None:
-            await self._app(scope, receive, send)
-        else:
-            await self._run(budget, context, scope, receive, send)
-
-    async def _run(
-        self, budget: Budget, context: RequestContext, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        charged = 0
-
-        def charge() -> None:
-            nonlocal charged
-            budget.charge(context.n_tokens - charged)
-            charged = context.n_tokens
-
-        async def send_charged(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                # Before the client can send the next request.
-                charge()
-                headers = MutableHeaders(scope=message)
-                headers["x-ratelimit-limit-tokens"] = str(budget.tokens_per_minute)
-                headers["x-ratelimit-remaining-tokens"] = str(max(0, int(budget.level())))
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_charged)
-        finally:
-            # What was computed for a client that has left.
-            charge()
+        if budget is not None:
+            send = _telling(budget, send)
+        await self._app(scope, receive, send)
 
 
-def _check(budget: Budget, name: str) -> None:
-    wait_s = budget.wait_s()
-    if wait_s > 0:
-        raise TooManyRequests(
-            f"the key {name!r} has used more than its {budget.tokens_per_minute} tokens a minute; try again "
-            f"in {wait_s:.1f} s, or ask the operator of this server for more",
-            retry_after_s=wait_s,
-        )
+def _telling(budget: Budget, send: Send) -> Send:
+    """Says with the answer what is left."""
+
+    async def send_told(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["x-ratelimit-limit-tokens"] = str(budget.tokens_per_minute)
+            headers["x-ratelimit-remaining-tokens"] = str(max(0, int(budget.level())))
+        await send(message)
+
+    return send_told
 
 
 def keys_of(headers: Headers) -> list[str]:

@@ -140,6 +140,22 @@ async def test_a_client_that_leaves_is_no_loss():
     assert inference.availability.loss("127.0.0.1:1", "tiny") is None
 
 
+async def test_a_client_that_leaves_in_the_moment_of_a_loss_has_left():
+    client = _Client()
+    client.is_silent = True
+    inference = gateway(client)
+    asking = asyncio.create_task(ask(inference))
+    await until(lambda: client.asked == 1)
+    inference.availability.lose("127.0.0.1:1", "tiny", "its process died")
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    client.is_silent = False
+    inference.availability.regain("127.0.0.1:1", "tiny")
+    await asyncio.sleep(0.01)
+    assert client.asked == 1, "nothing is sent again for nobody"
+
+
 async def test_another_server_takes_over_at_once():
     first, second = _Client(DEAD), _Client()
     inference = gateway(first, second)

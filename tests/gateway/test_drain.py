@@ -2,8 +2,10 @@
 
 import asyncio
 
+import pytest
+
 from gateway.app import create_app
-from gateway.drain import Drain
+from gateway.drain import Drain, Draining
 from gateway.settings import Settings
 from tests.gateway.conftest import running
 from tests.support.fake_inference import FakeInference
@@ -52,6 +54,23 @@ async def test_what_is_not_answered_in_time_is_refused_in_its_own_dialect(monkey
     assert "the gateway is stopping" in texts[0]["error"]["message"]
     assert "the gateway is stopping" in texts[1]["message"]
     assert "the gateway is stopping" in texts[2]["error"]
+
+
+async def test_who_stops_the_process_in_the_same_moment_is_obeyed():
+    drain = Drain()
+
+    async def app(scope, receive, send):
+        await asyncio.Event().wait()
+
+    async def answer(request, error):
+        raise AssertionError("the task was to end")
+
+    task = asyncio.create_task(Draining(app, drain, answer)({"type": "http"}, None, None))
+    await asyncio.sleep(0)
+    drain.end()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 COHERE = {"model": "org/tiny", "texts": ["a"], "input_type": "search_query", "embedding_types": ["float"]}

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,14 +130,11 @@ class CannedClient:
         if self.fault is not None and model == self.fault[0]:
             raise InferenceServerException(self.fault[1], "StatusCode.INVALID_ARGUMENT")
         rows = next(iter(given.values()))
-        self.answer = {
+        answer = {
             N_TOKENS: [[sum(map(len, row))] for row in rows],
             IMAGE_GRID: [[[1, 1, 1]]] * len(rows),
         }
-        return self
-
-    def as_numpy(self, name):
-        return np.array(self.answer[name], np.int32)
+        return SimpleNamespace(as_numpy=lambda name: np.array(answer[name], np.int32))
 
     async def close(self):
         pass

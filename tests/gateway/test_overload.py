@@ -1,8 +1,10 @@
 """What clients are told under overload and past their time, over HTTP; the server's own client is canned."""
 
 import asyncio
+import contextlib
 import contextvars
 import dataclasses
+import json
 import time
 
 import numpy as np
@@ -10,11 +12,14 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from backends.contract import DENSE, LOGITS, N_TOKENS, TRUNCATED
+from gateway import metrics
 from gateway.admission import AdmissionLimits
 from gateway.context import Lane
 from gateway.inference import GrpcInference
+from gateway.keys import digest_of
 from tests.gateway.conftest import running
 from tests.support.fake_inference import CLASSIFIER, PIPELINE, RERANKER
+from tests.support.figures import show
 
 # A text of 60 bytes has 16 tokens at most, the model's limit; a budget is 64.
 TEXT = "x" * 60
@@ -92,6 +97,10 @@ async def until(condition):
 
 def lane(inference, which=Lane.INTERACTIVE, name="tiny"):
     return inference.admission.states()[name].lanes[which]
+
+
+def in_flight(inference, model="org/tiny"):
+    return inference.admission.states()[model.removeprefix("org/")].in_flight_tokens
 
 
 async def fill(client, inference, which, name="tiny", path="/v1/embeddings", **body):
@@ -206,8 +215,10 @@ async def test_what_is_not_answered_in_time(client, inference, path):
         f"{name} did not answer within 0.05 s, its timeout; give it more time, or send fewer or "
         "shorter inputs"
     )
-    assert inference.servers[0].client.cancelled == 1, "the call to the server ends, too"
-    assert inference.admission.states()[name.removeprefix("org/")].in_flight_tokens == 0
+    server = inference.servers[0].client
+    assert bool(in_flight(inference, name)) == bool(server.asked), "the server has it, until it says so"
+    server.release.set()
+    await until(lambda: in_flight(inference, name) == 0)
 
 
 async def test_a_header_and_the_operators_limit(client, inference):
@@ -272,14 +283,126 @@ async def test_what_the_stages_say(client, inference, fault, status, text):
     assert answer.headers.get("retry-after") == ("1" if status == 503 else None)
 
 
+class Stubborn(Client):
+    """Computes what it has taken in, as an ensemble does, whether or not anybody waits for the answer."""
+
+    def __init__(self):
+        super().__init__()
+        self.working = self.most = self.done = 0
+        self.tasks = set()
+
+    async def infer(self, model, inputs, *, parameters, **options):
+        if "deadline_ms" not in (parameters or {}):
+            return Answer(1)
+        task = asyncio.create_task(self.work(inputs[0].shape()[0]))
+        self.tasks.add(task)
+        return await asyncio.shield(task)
+
+    async def work(self, count):
+        self.working += count * 16
+        self.most = max(self.most, self.working)
+        await asyncio.sleep(0.05)
+        self.working -= count * 16
+        self.done += count * 16
+        return Answer(count)
+
+
+async def test_clients_that_leave_after_a_moment_let_nobody_in(client, inference):
+    server = inference.servers[0].client = Stubborn()
+
+    async def impatient(i):
+        for _ in range(4):
+            asked = client.post("/v1/embeddings", json={"input": [f"{i} {TEXT}"[:60]] * 2})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asked, 0.02)
+
+    started = time.monotonic()
+    await asyncio.gather(*(impatient(i) for i in range(60)))
+    took = time.monotonic() - started
+    show(f"240 clients left within {took:.2f} s; the server had {server.most} tokens at most, of 128 + 32")
+    assert server.most <= 160
+    assert in_flight(inference) >= server.working
+    await asyncio.gather(*server.tasks)
+    await until(lambda: in_flight(inference) == 0)
+    rate = inference.admission.states()["tiny"].tokens_per_s
+    show(f"it has done {server.done} tokens, and is known for {rate:.0f} tokens/s")
+    assert rate > 0, "what nobody waits for is work, too"
+    assert (await client.post("/v1/embeddings", json={"input": TEXT})).status_code == 200
+
+
+async def test_calls_that_nobody_waits_for_end_with_the_gateway(inference):
+    server = inference.servers[0].client
+    server.release.clear()
+    async with running(inference) as client:
+        answer = await client.post("/v1/embeddings", json={"input": TEXT, "timeout": 0.02})
+        assert answer.status_code == 504
+        assert server.cancelled == 0
+    assert server.cancelled == 1
+
+
+@pytest.fixture
+async def limited(inference, tmp_path):
+    """A client whose key has 64 tokens a minute; four texts cost that until they are answered, and then 4."""
+    file = tmp_path / "keys.json"
+    file.write_text(
+        json.dumps([{"name": "a", "sha256": digest_of("a-long-key").hex(), "tokens_per_minute": 64}])
+    )
+    async with running(inference, api_keys_file=file) as client:
+        client.headers["api-key"] = "a-long-key"
+        yield client
+
+
+def refused_requests():
+    samples = [sample for metric in metrics.REJECTED_REQUESTS.collect() for sample in metric.samples]
+    return sum(sample.value for sample in samples)
+
+
+async def test_requests_at_one_time_share_what_a_key_has(limited, inference):
+    inference.servers[0].client.release.clear()
+    before = refused_requests()
+    body = {"input": [TEXT] * 2}
+    tasks = [asyncio.create_task(limited.post("/v1/embeddings", json=body)) for _ in range(10)]
+    await until(lambda: sum(task.done() for task in tasks) == 7)
+    inference.servers[0].client.release.set()
+    answers = await asyncio.gather(*tasks)
+    assert sorted(answer.status_code for answer in answers) == [200] * 3 + [429] * 7
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert "the key 'a' has used more than its 64 tokens a minute" in refused.json()["error"]["message"]
+    assert 0 < int(refused.headers["retry-after-ms"]) <= 32_000
+    assert refused_requests() == before + 7
+    last = await limited.post("/v1/embeddings", json=body)
+    assert 64 - 4 * 2 <= int(last.headers["x-ratelimit-remaining-tokens"]) <= 64
+
+
+async def test_what_has_no_answer_costs_a_key_what_was_sent(limited, inference):
+    inference.servers[0].client.release.clear()
+    answer = await limited.post("/v1/embeddings", json={"input": [TEXT] * 20, "timeout": 0.5})
+    assert answer.status_code == 504
+    assert len(inference.servers[0].client.asked) * 4 * 16 == 128, "the rest was never sent"
+    answer = await limited.post("/v1/embeddings", json={"input": TEXT})
+    assert answer.status_code == 429
+    # 64 tokens are owed, and about one comes back each second.
+    assert 50_000 < int(answer.headers["retry-after-ms"]) <= 60_000
+
+
+async def test_work_with_a_refused_item_costs_a_key_what_was_sent(limited, inference):
+    inference.servers[0].client.fault = (
+        "in ensemble 'a', invalid_input at item 3: bad",
+        "StatusCode.UNKNOWN",
+    )
+    answer = await limited.post("/v1/embeddings", json={"input": [TEXT] * 4})
+    assert answer.status_code == 400
+    assert answer.headers["x-ratelimit-remaining-tokens"] == "0"
+
+
 async def test_both_sides_of_a_comparison_end_together(client, inference):
     """Where one is refused nobody waits for the other."""
     tasks = await fill(client, inference, Lane.BULK, input=[TEXT] * 2)
-    before = inference.admission.states()["tiny"].in_flight_tokens
+    before = in_flight(inference)
     body = {"left": ["q"], "right": [TEXT] * 5, "instruct": None, "type": "dense", "priority": "bulk"}
     answer = await client.post("/v1/embeddings/similarity", json=body)
     assert answer.status_code == 429
-    assert inference.admission.states()["tiny"].in_flight_tokens == before
+    assert in_flight(inference) == before
     inference.servers[0].client.release.set()
     await asyncio.gather(*tasks)
 
@@ -289,5 +412,5 @@ async def test_a_request_that_fails_on_this_side_ends_as_a_whole(client, inferen
     answer = await client.post("/v1/embeddings", json={"input": [TEXT] * 200})
     assert answer.status_code == 500
     assert len(inference.servers[0].client.asked) <= 128 / 16
-    assert inference.admission.states()["tiny"].in_flight_tokens == 0
+    await until(lambda: in_flight(inference) == 0)
     assert lane(inference, Lane.BULK).queued_tokens == 0

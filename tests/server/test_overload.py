@@ -1,6 +1,6 @@
 """More work than the server can do, at the real server: who waits, who is refused, and what is not computed.
 
-OVERLOAD_S=30 runs the overload for that long; the suite is content with less.
+The server watches its stages as it does everywhere. OVERLOAD_S says how long the overload lasts.
 """
 
 import asyncio
@@ -16,10 +16,10 @@ import tritonclient.grpc
 
 from tests.server.conftest import DEFAULT
 from tests.support.figures import show
-from tests.support.server import NO_PINGS, serve
+from tests.support.server import serve
 from triton_embeddings import models
 
-SECONDS = float(os.environ.get("OVERLOAD_S", "15"))
+SECONDS = float(os.environ.get("OVERLOAD_S", "30"))
 BUDGET = 2048
 QUEUED, QUEUED_BULK = 8_000, 20_000
 # As admission counts them: a token for two bytes, and two.
@@ -60,10 +60,8 @@ def serving(tmp_path_factory):
         folder / "output",
         "--model-repository",
         folder / "models",
-        GATEWAY_CANARY_INTERVAL_S="60",
         GATEWAY_MAX_QUEUED_TOKENS=str(QUEUED),
         GATEWAY_MAX_QUEUED_BULK_TOKENS=str(QUEUED_BULK),
-        **NO_PINGS,
     ) as running:
         yield running
 
@@ -88,11 +86,28 @@ async def embed(session, texts, **fields):
         return 200, answer.headers, np.stack(rows)
 
 
-def encoder_count(serving):
-    """Server requests that the encoder has answered."""
-    with tritonclient.grpc.InferenceServerClient(serving.grpc) as client:
-        (stats,) = client.get_inference_statistics("minilm.encoder").model_stats
-        return stats.inference_stats.success.count
+async def computed(serving):
+    """Tokens that the encoder has computed, when it has nothing more to tell: it tells once a second. Pings
+    compute nothing, a canary four tokens.
+    """
+    last, since = None, 0.0
+    while last is None or time.monotonic() - since < 1.5:
+        value = await asyncio.to_thread(_told, serving)
+        if value != last:
+            last, since = value, time.monotonic()
+        await asyncio.sleep(0.1)
+    return last
+
+
+def _told(serving):
+    found, model = serving.scrape(), ("model", "minilm")
+    names = ("pass_tokens_sum", "shared_prefix_tokens_total")
+    return sum(found.get((f"triton_embeddings_encoder_{name}", model), 0) for name in names)
+
+
+def stages(serving):
+    """Process id -> entry of each stage."""
+    return {pid: line for pid, line in serving.descendants().items() if "python_backend_stub" in line}
 
 
 async def until(condition):
@@ -152,17 +167,17 @@ class Clients:
                 assert wait <= int(headers["retry-after"]) < wait + 1.001
                 self.refused += 1
                 self.in_vain += is_told
-                is_told = wait < 60
+                is_told = True
                 self.waits.append(wait)
                 await asyncio.sleep(min(wait, max(0, self.stop_at - time.monotonic())))
 
 
 @pytest.mark.parametrize("lane", ["interactive", "bulk"])
 async def test_a_short_query_beside_a_huge_list(serving, session, lane):
-    texts = TEXTS * 10
-    before, started = encoder_count(serving), time.monotonic()
+    texts = TEXTS * 6
+    before, started = serving.turns("minilm"), time.monotonic()
     huge = asyncio.create_task(embed(session, texts, priority=lane))
-    await until(lambda: encoder_count(serving) > before + 3)
+    await until(lambda: serving.turns("minilm") > before + 1)
     latencies = []
     while not huge.done() and len(latencies) < 40:
         asked = time.monotonic()
@@ -179,17 +194,22 @@ async def test_a_short_query_beside_a_huge_list(serving, session, lane):
         f"{len(latencies)} queries, {np.median(latencies) * 1000:.0f} ms)"
     )
     # Admission counts about two tokens where the encoder, whose turn is waited for, has one.
-    assert waited[0] < 2.5
+    assert waited[0] < 1
+    # A moment in which the machine has other things to do is no fault of the order.
+    assert waited[1] < 3
 
 
 async def test_what_is_past_its_deadline_is_answered_504_and_not_computed(serving, session):
-    texts = TEXTS * 10
-    before = encoder_count(serving)
+    texts = TEXTS * 6
+    before = await computed(serving)
+    assert (await embed(session, TEXTS))[0] == 200
+    each = (await computed(serving) - before) / len(TEXTS)
+    before, turns = await computed(serving), serving.turns("minilm")
     huge = asyncio.create_task(embed(session, texts))
-    await until(lambda: encoder_count(serving) > before + 3)
+    await until(lambda: serving.turns("minilm") > turns + 1)
     asked = time.monotonic()
     late = await asyncio.gather(
-        *(embed(session, TEXTS[:2], priority="bulk", timeout=0.02) for _ in range(10))
+        *(embed(session, TEXTS[:2], priority="bulk", timeout=0.02) for _ in range(18))
     )
     took = time.monotonic() - asked
     assert {status for status, _, _ in late} == {504}
@@ -197,47 +217,46 @@ async def test_what_is_past_its_deadline_is_answered_504_and_not_computed(servin
         "minilm did not answer within 0.02 s, its timeout; give it more time, or send fewer or shorter inputs"
     }
     assert (await huge)[0] == 200
-    count = encoder_count(serving) - before
-    per_part = BUDGET // price(TEXTS[:1])
-    show(f"10 requests of 0.02 s were answered 504 after {took:.2f} s; the encoder answered {count} requests")
-    # The list is cut by budgets; of the late ones what was sent to the server in time may count.
-    assert count <= len(texts) / per_part * 1.2 + 10
+    more = (await computed(serving) - before) / each - len(texts)
+    show(f"18 requests of 0.02 s were answered 504 after {took:.2f} s; {more:.1f} of their 36 texts computed")
+    # Of the late ones some may have begun in time.
+    assert more < 18
 
 
-def test_a_deadline_of_a_direct_client(serving):
+async def test_a_deadline_of_a_direct_client(serving):
     def ask(**parameters):
         with tritonclient.grpc.InferenceServerClient(serving.grpc) as client:
             text = tritonclient.grpc.InferInput("text", [1, 1], "BYTES")
-            text.set_data_from_numpy(np.array([[b"a"]], object))
+            text.set_data_from_numpy(np.array([[TEXTS[0].encode()]], object))
             return client.infer("minilm", [text], parameters=parameters).as_numpy("dense")
 
-    before = encoder_count(serving)
+    before = await computed(serving)
     with pytest.raises(tritonclient.utils.InferenceServerException, match="deadline_exceeded: its deadline"):
         ask(deadline_ms=int(time.time() * 1000) - 1)
-    assert encoder_count(serving) == before
+    assert await computed(serving) < before + 50, "a canary at most"
     assert ask(deadline_ms=int(time.time() * 1000) + 60_000).shape == (1, 384)
 
 
 async def test_a_client_that_goes_away_takes_its_work_with_it(serving, session):
     texts = TEXTS * 20
-    before = encoder_count(serving)
+    before, turns = await computed(serving), serving.turns("minilm")
     huge = asyncio.create_task(embed(session, texts))
-    await until(lambda: encoder_count(serving) > before + 3)
+    await until(lambda: serving.turns("minilm") > turns + 1)
     huge.cancel()
     await asyncio.gather(huge, return_exceptions=True)
-    at_the_end = encoder_count(serving)
     assert (await embed(session, TEXTS[:LIST_TEXTS], priority="bulk"))[0] == 200
-    count = encoder_count(serving)
-    parts = len(texts) // (BUDGET // price(TEXTS[:1]))
+    count = await computed(serving) - before
+    # A text has at most 256 tokens, and more than 100.
     show(
-        f"of {parts} server requests {at_the_end - before} were done when the client left, and "
-        f"{count - at_the_end} more when another's were"
+        f"of {len(texts)} texts at most {count / 100:.0f} were computed, with {LIST_TEXTS} of another client"
     )
-    assert count - before < parts / 2
+    assert count / 100 < len(texts) / 2
     assert (await embed(session, ["a"]))[0] == 200
 
 
 async def test_ten_times_as_much_as_can_be_done(serving, session):
+    processes = stages(serving)
+    assert processes
     right = np.concatenate([(await embed(session, TEXTS[i : i + 8]))[2] for i in range(0, len(TEXTS), 8)])
     held = (QUEUED + 2 * BUDGET) // price(TEXTS[:1])
     fast = Clients(session, right, time.monotonic() + SECONDS)
@@ -253,7 +272,7 @@ async def test_ten_times_as_much_as_can_be_done(serving, session):
     p50, p99 = np.quantile(fast.latencies, [0.5, 0.99])
     # What may be before it: its lane's queue at the lane's share, and what the server has.
     most = 1.5 * QUEUED / (0.75 * rate) + 3 * BUDGET / rate
-    told = [wait for wait in fast.waits + slow.waits if wait < 60]
+    told = fast.waits + slow.waits
     show(
         f"{SECONDS:g} s of ten times as many clients as can be held ({10 * held} interactive): {rate:.0f} "
         f"tokens/s answered; {len(fast.latencies)} interactive requests, p50 {p50:.2f} s, p99 {p99:.2f} s "
@@ -265,7 +284,9 @@ async def test_ten_times_as_much_as_can_be_done(serving, session):
     assert fast.wrong + slow.wrong == 0
     assert cosines.min() > 0.9999
     assert fast.refused > 10 * held / 2, "else it was no overload"
-    assert p99 < 2 * most
+    assert p99 < most
     assert slow.tokens > 0.15 * (fast.tokens + slow.tokens), "a quarter is its share"
     assert fast.in_vain + slow.in_vain <= 0.03 * (fast.refused + slow.refused)
     assert serving.get("/ready")[0] == 200
+    assert stages(serving) == processes, "a busy stage is not taken for a dead one"
+    assert "loaded anew" not in serving.output.read_text()
