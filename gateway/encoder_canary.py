@@ -54,8 +54,11 @@ class EncoderCanary:
             self._rest()
             return Pulse.ALIVE
         self._faults += 1
+        if self._faults < _MOST_FAULTS:
+            return Pulse.ALIVE
+        self._rest()
         # One that has failed since it was loaded is no better for being loaded anew.
-        return Pulse.UNWELL if self._faults >= _MOST_FAULTS and answers > 0 else Pulse.ALIVE
+        return Pulse.UNWELL if answers > 0 else Pulse.ALIVE
 
     def _rest(self) -> None:
         self._again_at = time.monotonic() + self.patience_s * _LOOK_SHARE
