@@ -222,6 +222,10 @@ class PipelineParameter(StrEnum):
     """What happens to a text over the limit when the request does not say."""
 
 
+NOT_WELL = "not well: "
+"""How the message of an INTERNAL failure begins that answers a ping: the stage takes requests in, but
+computes nothing any more, and should be loaded anew.
+"""
 TRUNCATIONS = ("error", "right", "left", "document")
 ROLES = ("query", "document")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from backends.contract import Task
 from gateway.context import current
-from gateway.errors import Forbidden, GatewayError, Unavailable, UnknownModel, WrongTask, shorten
+from gateway.errors import Forbidden, GatewayError, TimedOut, Unavailable, UnknownModel, WrongTask, shorten
 from gateway.inference import Inference
 from gateway.pipeline import Pipeline
 
@@ -40,8 +40,8 @@ class Catalog:
     def __init__(self, inference: Inference) -> None:
         self._inference = inference
         self._pipelines: list[Pipeline] = []
-        self._refreshed_at = float("-inf")
-        self._lock = asyncio.Lock()
+        self._looked_at = float("-inf")
+        self._listing: asyncio.Task[None] | None = None
 
     @property
     def pipelines(self) -> list[Pipeline]:
@@ -49,14 +49,29 @@ class Catalog:
         return [pipeline for pipeline in self._pipelines if _may_use(pipeline)]
 
     async def refresh(self) -> list[Pipeline]:
-        """Asks the server.
+        """Asks the server; of all who want that at once a look serves those who came before it began.
 
         Raises GatewayError when it does not answer; the models known before stay known.
         """
-        async with self._lock:
-            self._pipelines = await self._inference.pipelines()
-            self._refreshed_at = time.monotonic()
+        under_way = self._listing
+        if under_way is not None and not under_way.done():
+            # It may have begun before what the caller has just changed.
+            await asyncio.wait([under_way])
+        if self._listing is under_way:
+            self._listing = asyncio.create_task(self._list())
+        return await self._latest()
+
+    async def _latest(self) -> list[Pipeline]:
+        """What the last look gives. Who leaves does not end it for those who wait, too."""
+        assert self._listing is not None
+        await asyncio.shield(self._listing)
         return self.pipelines
+
+    async def _list(self) -> None:
+        try:
+            self._pipelines = await self._inference.pipelines()
+        finally:
+            self._looked_at = time.monotonic()
 
     async def find(self, model: str | None, *tasks: Task, needs: Needs = NO_NEEDS) -> Pipeline:
         """The model of that name; without a name, the first that serves all the tasks, and of these one that
@@ -66,8 +81,8 @@ class Catalog:
         WrongTask for a model that does not serve a task, Unavailable when the server cannot tell.
         """
         found = self._match(model, tasks, needs)
-        if found is None and time.monotonic() - self._refreshed_at > _REFRESH_INTERVAL_S:
-            await self.refresh()
+        if found is None:
+            await self._look_again()
             found = self._match(model, tasks, needs)
         if found is None:
             raise self._unknown(model, tasks)
@@ -82,6 +97,24 @@ class Catalog:
                 code="wrong_task",
             )
         return found
+
+    async def _look_again(self) -> None:
+        """For somebody who misses a model; not more often than once in a while, whoever asks."""
+        is_under_way = self._listing is not None and not self._listing.done()
+        if not is_under_way and time.monotonic() - self._looked_at > _REFRESH_INTERVAL_S:
+            self._listing = asyncio.create_task(self._list())
+        if self._listing is None:
+            return
+        context = current()
+        try:
+            # The loop's clock is time.monotonic().
+            async with asyncio.timeout_at(None if context is None else context.deadline):
+                await self._latest()
+        except TimeoutError:
+            assert context is not None
+            raise TimedOut(
+                f"the list of models did not come within {context.time_limit}; give it more time"
+            ) from None
 
     def _match(self, model: str | None, tasks: Sequence[Task], needs: Needs) -> Pipeline | None:
         if not model:

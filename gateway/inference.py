@@ -67,6 +67,10 @@ _LARGE_REQUEST_BYTES = 32 * 2**20
 # A sparse weight becomes an object of 40 characters, four times what it takes of a dense vector.
 _JSON_WEIGHT = {SPARSE_INDICES: 4, SPARSE_WEIGHTS: 4}
 _PYTHON_FAULT = re.compile(r"(?s)(?<=message: )\w*(?:Error|Exception)\b.*")
+# A list takes milliseconds, also of a server that computes or loads, but seconds where it gets no processor.
+# One that stands still holds up what another has answered for the first time only.
+_OTHERS_LIST_TIMEOUT_S = 2.0
+_LIST_TIMEOUT_S = 10.0
 # Of a request that met a dead process it is tried once more.
 _ATTEMPTS = 2
 _NEVER = float("-inf")
@@ -140,15 +144,19 @@ class GrpcInference:
         return self._image_turns.setdefault(pipeline.name, asyncio.Semaphore(_IMAGE_PARTS))
 
     async def pipelines(self) -> list[Pipeline]:
-        answers = await asyncio.gather(
-            *(server.pipelines(self._known, self._timeout_s) for server in self.servers),
-            return_exceptions=True,
+        answers = await _answers_in_time(
+            [server.pipelines(self._known, _LIST_TIMEOUT_S) for server in self.servers]
         )
         lists = [answer for answer in answers if isinstance(answer, list)]
         if not lists:
             error = next(answer for answer in answers if isinstance(answer, BaseException))
             if not isinstance(error, InferenceServerException):
                 raise error
+            if error.status() == _status(grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise Unavailable(
+                    f"the inference server did not list its models within {_LIST_TIMEOUT_S:g} s; try again "
+                    "in a while"
+                ) from error
             raise self._explain(error, self.servers[0].address) from error
         # Where two servers do not agree, as while one of them is being given new weights, the first counts.
         found = {pipeline.name: pipeline for pipelines in reversed(lists) for pipeline in pipelines}
@@ -406,6 +414,22 @@ class GrpcInference:
             "%s: %s %s", subject, status, _PYTHON_FAULT.sub("(the server's log tells more)", message)
         )
         return ServerFault("the model failed on this request; the server's log tells why")
+
+
+async def _answers_in_time(
+    questions: Sequence[Coroutine[Any, Any, list[Pipeline]]],
+) -> list[list[Pipeline] | BaseException]:
+    """What each gives or raises, in order; without those that others need not wait for."""
+    tasks = [asyncio.create_task(question) for question in questions]
+    try:
+        done, slow = await asyncio.wait(tasks, timeout=_OTHERS_LIST_TIMEOUT_S)
+        while slow and all(task.exception() for task in done):
+            more, slow = await asyncio.wait(slow, return_when=asyncio.FIRST_COMPLETED)
+            done |= more
+    finally:
+        for task in tasks:
+            task.cancel()
+    return [task.exception() or task.result() for task in tasks if task in done]
 
 
 async def _all_or_fault(

@@ -7,8 +7,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -17,7 +18,19 @@ import tritonclient.grpc.aio as server_client
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
-from backends.contract import PipelineParameter, RequestParameter, multimodal_name
+from backends.contract import (
+    FIRST_LENGTH,
+    INPUT_IDS,
+    KEY_LENGTH,
+    LENGTH,
+    NOT_WELL,
+    PROMPT_LENGTH,
+    ErrorCode,
+    PipelineParameter,
+    RequestParameter,
+    StageFailure,
+    multimodal_name,
+)
 from gateway.pipeline import Pipeline, read_pipeline
 
 logger = logging.getLogger(__name__)
@@ -38,6 +51,10 @@ _LOAD_TIMEOUT_S = 1800.0
 # Unloading waits for what runs; the process of a stage has 60 s for its last words.
 _UNLOAD_TIMEOUT_S = 90.0
 _ASK_TIMEOUT_S = 10.0
+# What any server that runs answers in a millisecond, and at once while it computes or loads.
+_LIVE_TIMEOUT_S = 1.0
+# Inputs of an encoder, each of one number, that are one token (0 is one of every vocabulary) of one text.
+_ONE_TOKEN = {INPUT_IDS: 0, LENGTH: 1, KEY_LENGTH: 1, FIRST_LENGTH: 1, PROMPT_LENGTH: 0}
 
 
 class Pulse(StrEnum):
@@ -46,8 +63,10 @@ class Pulse(StrEnum):
     ALIVE = "it answers"
     DEAD = "its process died or stands still"
     SILENT = "it does not answer"
+    UNWELL = "it computes nothing any more"
     MISSING = "it is not loaded"
     UNREACHABLE = "the inference server cannot be reached"
+    HALTED = "the inference server stands still"
 
 
 class LoadFailed(Exception):
@@ -71,8 +90,30 @@ class InferenceServer:
                 entry, inputs, parameters={RequestParameter.PING: True}, client_timeout=timeout_s
             )
         except InferenceServerException as error:
-            return self._read(entry, error)
+            pulse = self._read(entry, error)
+            # Of a server that stands still no stage answers, and none is to blame.
+            return pulse if pulse is not Pulse.SILENT or await self._is_live() else Pulse.HALTED
         return Pulse.ALIVE
+
+    async def encode(self, entry: str, timeout_s: float) -> Pulse:
+        """Asks an encoder's entry to compute one token; UNWELL where that is an internal error."""
+        try:
+            answer = await self.client.get_model_config(entry, client_timeout=_ASK_TIMEOUT_S)
+            inputs = [_empty_input(spec, _ONE_TOKEN) for spec in answer.config.input if not spec.optional]
+            await self.client.infer(entry, inputs, client_timeout=timeout_s)
+        except InferenceServerException as error:
+            pulse = self._read(entry, error)
+            is_fault = (
+                pulse is Pulse.ALIVE and error.status() == f"StatusCode.{grpc.StatusCode.INTERNAL.name}"
+            )
+            return Pulse.UNWELL if is_fault else pulse
+        return Pulse.ALIVE
+
+    async def _is_live(self) -> bool:
+        try:
+            return bool(await self.client.is_server_live(client_timeout=_LIVE_TIMEOUT_S))
+        except InferenceServerException:
+            return False
 
     def _read(self, entry: str, error: InferenceServerException) -> Pulse:
         message, status = error.message() or "", error.status()
@@ -81,6 +122,13 @@ class InferenceServer:
             raise error
         if DEAD_STUB.search(message):
             return Pulse.DEAD
+        failure = StageFailure.parse(message)
+        if (
+            failure is not None
+            and failure.code is ErrorCode.INTERNAL
+            and failure.message.startswith(NOT_WELL)
+        ):
+            return Pulse.UNWELL
         if status == f"StatusCode.{grpc.StatusCode.DEADLINE_EXCEEDED.name}":
             return Pulse.SILENT
         if NOT_LOADED.search(message) or status == f"StatusCode.{grpc.StatusCode.NOT_FOUND.name}":
@@ -105,6 +153,16 @@ class InferenceServer:
         """
         index = await self.client.get_model_repository_index(client_timeout=timeout_s)
         return {model.name: (model.state, model.reason) for model in index.models}
+
+    async def state(self, entry: str) -> str | None:
+        """Of one entry, empty where the repository has none of that name; None where the server does not
+        say.
+        """
+        try:
+            return (await self.states()).get(entry, ("", ""))[0]
+        except InferenceServerException as error:
+            logger.debug("%s does not tell of %s: %s", self.address, entry, error)
+            return None
 
     async def pipelines(self, known: Mapping[str, Pipeline], timeout_s: float) -> list[Pipeline]:
         """The models that are loaded, and of those `known` from before the ones that lack a stage at the
@@ -140,6 +198,18 @@ class InferenceServer:
         counts = (s.inference_stats for s in answer.model_stats)
         return sum(int(stats.success.count + stats.fail.count) for stats in counts)
 
+    async def success_count(self, entries: Iterable[str]) -> int | None:
+        """Requests that they have answered without an error since they were loaded; None where the server
+        does not say.
+        """
+        try:
+            answers = await asyncio.gather(
+                *(self.client.get_inference_statistics(e, client_timeout=_ASK_TIMEOUT_S) for e in entries)
+            )
+        except InferenceServerException:
+            return None
+        return sum(int(s.inference_stats.success.count) for answer in answers for s in answer.model_stats)
+
     async def is_loaded(self, entry: str) -> bool:
         """Whether the server would take requests for an entry."""
         try:
@@ -152,6 +222,11 @@ class InferenceServer:
         try:
             await self.client.unload_model(entry, client_timeout=_UNLOAD_TIMEOUT_S)
         except InferenceServerException as error:
+            if error.status() == f"StatusCode.{grpc.StatusCode.DEADLINE_EXCEEDED.name}":
+                raise LoadFailed(
+                    f"the server {self.address} did not unload it within {_UNLOAD_TIMEOUT_S:g} s, as it does "
+                    "not where a process stands still that cannot be ended from here; restart that server"
+                ) from error
             raise LoadFailed(error.message() or str(error)) from error
 
     async def load(self, entry: str) -> None:
@@ -175,11 +250,14 @@ def _is_being_mended(ensemble: str, stages: Sequence[str]) -> bool:
     return is_alive and (ensemble == "LOADING" or any(state != "READY" for state in stages))
 
 
-def _empty_input(spec: Any) -> Any:
-    """A batch of one with nothing along the dimensions that vary; of texts, one that is empty."""
+def _empty_input(spec: Any, numbers: Mapping[str, int] = MappingProxyType({})) -> Any:
+    """A batch of one with nothing along the dimensions that vary; of texts, one that is empty, and of the
+    inputs that have a number, that one.
+    """
     dtype = model_config_pb2.DataType.Name(spec.data_type).removeprefix("TYPE_")
     is_text = dtype == "STRING"
-    shape = [1, *(int(is_text) if size < 0 else size for size in spec.dims)]
+    varying = int(is_text or spec.name in numbers)
+    shape = [1, *(varying if size < 0 else size for size in spec.dims)]
     tensor = server_client.InferInput(spec.name, shape, "BYTES" if is_text else dtype)
     if is_text:
         tensor.set_data_from_numpy(np.full(shape, b"", object))
@@ -187,7 +265,7 @@ def _empty_input(spec: Any) -> Any:
         # tritonclient wants an array of another package's type, to write nothing.
         tensor._raw_content = b""
     else:
-        tensor.set_data_from_numpy(np.zeros(shape, _NUMPY[dtype]))
+        tensor.set_data_from_numpy(np.full(shape, numbers.get(spec.name, 0), _NUMPY[dtype]))
     return tensor
 
 

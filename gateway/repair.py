@@ -86,14 +86,38 @@ class Repairs:
 
 @contextlib.contextmanager
 def _lock(address: str, entry: str) -> Iterator[bool]:
-    """Whether no other process of this machine has it."""
-    folder = Path(tempfile.gettempdir()) / f"triton-embeddings-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    name = f"{address}-{entry}".replace("/", "_")
-    with (folder / f"{name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    """Whether no other process of this user has it. Without a folder for locks everybody has it: to load a
+    stage twice is better than never.
+    """
+    try:
+        descriptor = _open_lock(f"{address}-{entry}.lock".replace("/", "_"))
+    except OSError as error:
+        logger.warning("several gateways on this machine may load %s anew at once: %s", entry, error)
         yield True
+        return
+    try:
+        is_ours = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_ours = False
+        yield is_ours
+    finally:
+        os.close(descriptor)
+
+
+def _open_lock(name: str) -> int:
+    """A file in a folder that nobody else can write to, though it lies where everybody can.
+
+    Raises OSError.
+    """
+    folder = Path(tempfile.gettempdir()) / f"triton-embeddings-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(inside)
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise PermissionError(f"{folder} is not this user's alone to write to")
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=inside)
+    finally:
+        os.close(inside)

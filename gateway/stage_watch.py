@@ -3,8 +3,9 @@ that do not.
 
 A stage is pinged several times a second, past the models' queues where it can be: the encoder takes a ping in
 however much it computes. Other stages compute while they are asked, so one that is silent is believed as long
-as the server counts answers of it. A process that died or was halted is told by the server, 1 s after a ping
-(2.51); on the server's own machine a death is seen at once.
+as the server counts answers of it. What of an encoder a ping does not tell, `encoder_canary.py` does. A
+process that died or was halted is told by the server, 1 s after a ping (2.51); on the server's own machine a
+death is seen at once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from backends.contract import stage_of
 from gateway.availability import Availability
 from gateway.catalog import Catalog
+from gateway.encoder_canary import EncoderCanary
 from gateway.errors import GatewayError
 from gateway.inference_server import InferenceServer, Pulse
 from gateway.local_stubs import find_stubs
@@ -53,6 +55,11 @@ class _Watched:
     is_looked_for: bool = False
     """Whether its processes were looked for: of a server on another machine there are none to be found."""
     task: asyncio.Task[None] | None = None
+    canary: EncoderCanary | None = None
+    """Of an encoder."""
+    canary_task: asyncio.Task[None] | None = None
+    is_unwell: bool = False
+    """Whether its canary says so."""
 
 
 class StageWatch:
@@ -126,7 +133,10 @@ class StageWatch:
         for key in self._watched.keys() - wanted.keys():
             self._forget(self._watched.pop(key))
         for key, (server, pipeline, entry) in wanted.items():
-            one = self._watched.setdefault(key, _Watched(server, pipeline, entry))
+            if (one := self._watched.get(key)) is None:
+                one = self._watched[key] = _Watched(server, pipeline, entry)
+                if stage_of(pipeline.name, entry) in _TAKE_IN_AT_ONCE:
+                    one.canary = EncoderCanary(self._patience_s)
             one.pipeline = pipeline
             if one.task is None or one.task.done():
                 one.task = asyncio.create_task(self._ask(one))
@@ -146,16 +156,31 @@ class StageWatch:
             self._repairs.recovered(one.server.address, one.entry)
             await self._know_processes(one)
             await self._regain(one)
+            self._start_canary(one)
             return
-        if one.pulse is not Pulse.UNREACHABLE and not await self._is_served(one):
+        is_server_s = one.pulse in (Pulse.UNREACHABLE, Pulse.HALTED)
+        if not is_server_s and not await self._is_served(one):
             # Unloaded by a person: that its process ended is no fault.
             return
         self._lose(one)
-        if one.pulse is Pulse.UNREACHABLE:
+        if is_server_s:
             self._forget_processes(one)
         elif await self._repairs.replace(one.server, one.entry, lambda: self._is_gone(one)):
             self._forget_processes(one)
             self._alarm.set()
+
+    def _start_canary(self, one: _Watched) -> None:
+        is_asked = one.canary_task is not None and not one.canary_task.done()
+        if one.canary is not None and one.canary.is_due and not is_asked:
+            one.canary_task = asyncio.create_task(self._look_at_canary(one, one.canary))
+
+    async def _look_at_canary(self, one: _Watched, canary: EncoderCanary) -> None:
+        try:
+            one.is_unwell = await canary.look(one.server, one.pipeline, one.entry) is Pulse.UNWELL
+        except Exception:
+            logger.exception("the canary of %s failed", one.entry)
+        if one.is_unwell:
+            self.alarm()
 
     async def _is_served(self, one: _Watched) -> bool:
         """Whether the entry belongs to a model as the server describes it now."""
@@ -167,6 +192,8 @@ class StageWatch:
         """Of a stage that computes while it is asked, alive as long as its answers become more."""
         if one.has_ended:
             return Pulse.DEAD
+        if one.is_unwell:
+            return Pulse.UNWELL
         pulse = await one.server.ping(one.entry, self._hang_timeout_s)
         if pulse is not Pulse.SILENT or stage_of(one.pipeline.name, one.entry) in _TAKE_IN_AT_ONCE:
             one.silent_since = None
@@ -179,13 +206,16 @@ class StageWatch:
 
     async def _is_gone(self, one: _Watched) -> bool:
         """Asked when nobody else can replace it: another gateway may just have done so."""
-        state, _ = (await one.server.states()).get(one.entry, ("", ""))
-        if state == "READY" and one.has_ended:
+        state = await one.server.state(one.entry)
+        if state is None:
+            # The server died with its stages, and who starts it again brings them back.
+            is_gone = False
+        elif state == "READY" and (one.has_ended or one.is_unwell):
             now = await asyncio.to_thread(find_stubs, one.server.address, one.entry)
             is_gone = not set(now) - one.processes.keys()
         elif state == "READY":
             pulse = await one.server.ping(one.entry, self._hang_timeout_s)
-            is_gone = pulse in (Pulse.DEAD, Pulse.SILENT)
+            is_gone = pulse in (Pulse.DEAD, Pulse.SILENT, Pulse.UNWELL)
         else:
             # Not while somebody loads it, nor where the repository has no such entry.
             is_gone = state == "UNAVAILABLE" and await self._is_served(one)
@@ -201,7 +231,7 @@ class StageWatch:
         stage = stage_of(one.pipeline.name, one.entry)
         reason = (
             one.pulse.value
-            if one.pulse is Pulse.UNREACHABLE
+            if one.pulse in (Pulse.UNREACHABLE, Pulse.HALTED)
             else f"its stage {stage} cannot be loaded anew: {failure}"
             if failure
             else f"its stage {stage} is being loaded anew: {one.pulse}"
@@ -255,6 +285,10 @@ class StageWatch:
         one.processes.clear()
         one.has_ended = False
         one.is_looked_for = False
+        one.is_unwell = False
+        # A verdict would be of a process that is no more.
+        if one.canary_task is not None:
+            one.canary_task.cancel()
 
 
 def _close(descriptors: Iterable[int]) -> None:

@@ -24,6 +24,7 @@ from rich.table import Table
 from gateway.access import Access, is_loopback
 from triton_embeddings.addresses import LOOPBACK, Addresses
 from triton_embeddings.errors import CommandError
+from triton_embeddings.heartbeat import Heartbeat
 from triton_embeddings.live import note_repository
 from triton_embeddings.preflight import check_packages, check_paths, check_strangers, read_gateway_settings
 from triton_embeddings.process import Child, Stop
@@ -87,12 +88,15 @@ def launch(
             *_server_arguments(repository, addresses, prefix),
             *_trace_arguments(settings.traces_url),
         ]
+        heartbeat = Heartbeat(LOOPBACK, addresses.http_port)
+        stack.callback(heartbeat.stop)
         # Not in the checkout: the Python backend puts the working directory before the installed packages.
         triton = Supervised(
             lambda: Child("tritonserver", command, server.environment, output, folder=state),
             stop,
             lambda child: _explain(child, log),
             lambda: _clear_shared_memory(prefix),
+            heartbeat,
         )
         stack.callback(triton.stop, _SERVER_EXIT_TIMEOUT_S + 5)
         gateway_command = [sys.executable, "-m", "gateway"]

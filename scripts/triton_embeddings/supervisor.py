@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from triton_embeddings.errors import CommandError
+from triton_embeddings.heartbeat import Heartbeat
 from triton_embeddings.process import Child, Stop
 
 logger = logging.getLogger(__name__)
@@ -27,12 +28,16 @@ class Supervised:
         stop: Stop,
         explain: Callable[[Child], str],
         clear: Callable[[], None] = lambda: None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
-        """`explain` says why a child ended; `clear` takes away what a dead one left behind."""
+        """`explain` says why a child ended; `clear` takes away what a dead one left behind. One whose
+        `heartbeat` has stopped is killed.
+        """
         self._start = start
         self._stop = stop
         self._explain = explain
         self._clear = clear
+        self._heartbeat = heartbeat
         self._deaths: list[float] = []
         self._again_at: float | None = None
         self.child = stop.watch_over(start())
@@ -49,6 +54,12 @@ class Supervised:
                 self.child = self._stop.watch_over(self._start())
             return
         if self.child.exit_code is None:
+            if self._heartbeat is not None and self._heartbeat.has_stopped:
+                logger.warning(
+                    "%s takes connections but has answered none for 10 s; killing it", self.child.name
+                )
+                self._heartbeat.reset()
+                self.child.kill()
             return
         reason = self._explain(self.child)
         # What a dead server has started lives on, and holds memory.

@@ -1,12 +1,16 @@
 """Processes that are started again, with real processes."""
 
+import contextlib
 import os
+import signal
 import sys
 import time
 
+import httpx
 import pytest
 
-from triton_embeddings import supervisor
+from tests.support.server import free_ports
+from triton_embeddings import heartbeat, supervisor
 from triton_embeddings.errors import CommandError
 from triton_embeddings.process import Child, Stop
 from triton_embeddings.supervisor import Supervised
@@ -57,3 +61,27 @@ def test_one_that_ends_again_and_again_is_given_up(stop, monkeypatch):
     with pytest.raises(CommandError, match="exit code 3; it ended 5 times within 60 s"):
         look_until(one, lambda: False)
     assert len(started) == 5
+
+
+def test_one_that_stands_still_is_killed_and_started_again(stop, monkeypatch):
+    monkeypatch.setattr(supervisor, "_FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(heartbeat, "_TRY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(heartbeat, "_INTERVAL_S", 0.01)
+    (port,) = free_ports(1)
+    serve = f"import http.server as h; h.HTTPServer(('127.0.0.1', {port}), h.SimpleHTTPRequestHandler)"
+    beats = heartbeat.Heartbeat("127.0.0.1", port)
+    one = Supervised(lambda: child(f"{serve}.serve_forever()"), stop, lambda c: "it died", heartbeat=beats)
+
+    def is_answering():
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"http://127.0.0.1:{port}/", timeout=0.2).status_code
+        return False
+
+    first = one.child
+    look_until(one, is_answering)
+    assert one.child is first, "while its port is closed it starts"
+    os.kill(first._process.pid, signal.SIGSTOP)
+    look_until(one, lambda: one.child is not first)
+    look_until(one, is_answering)
+    one.stop(5)
+    beats.stop()

@@ -1,12 +1,15 @@
 """Which model a request means."""
 
+import asyncio
 import dataclasses
+import time
 
 import pytest
 
 from backends.contract import Task
 from gateway.catalog import Catalog
-from gateway.errors import UnknownModel
+from gateway.context import RequestContext, enter
+from gateway.errors import TimedOut, Unavailable, UnknownModel
 from tests.support.fake_inference import PIPELINE, FakeInference
 
 HUB = dataclasses.replace(
@@ -48,3 +51,67 @@ async def test_names_and_what_clients_call_models_besides(asked, found):
 async def test_others_are_unknown(asked):
     with pytest.raises(UnknownModel, match="does not exist here; there are: Qwen3-Embedding-4B, gme-2b"):
         await Catalog(FakeInference([HUB, GME, NAMED])).find(asked)
+
+
+class _Slow(FakeInference):
+    """Lists its models when it is told to, and counts how often."""
+
+    def __init__(self):
+        super().__init__([HUB])
+        self.looks = 0
+        self.may_answer = asyncio.Event()
+
+    async def pipelines(self):
+        self.looks += 1
+        await self.may_answer.wait()
+        return await super().pipelines()
+
+
+async def ask(catalog, count, error):
+    async def one():
+        with pytest.raises(error):
+            await catalog.find("nobody")
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(count):
+            group.create_task(one())
+
+
+async def test_of_many_who_miss_a_model_one_looks():
+    inference = _Slow()
+    inference.may_answer.set()
+    catalog = Catalog(inference)
+    await ask(catalog, 20, UnknownModel)
+    assert inference.looks == 1
+
+
+async def test_a_look_that_failed_counts_as_well():
+    inference = _Slow()
+    inference.may_answer.set()
+    inference.fault = Unavailable("the server is gone")
+    catalog = Catalog(inference)
+    for _ in range(3):
+        await ask(catalog, 20, Unavailable)
+    assert inference.looks == 1
+
+
+async def test_who_refreshes_gets_a_look_that_began_after_that():
+    inference = _Slow()
+    catalog = Catalog(inference)
+    waiting = [asyncio.create_task(catalog.refresh()) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting += [asyncio.create_task(catalog.refresh()) for _ in range(20)]
+    waiting[0].cancel()
+    await asyncio.sleep(0)
+    inference.known = [GME]
+    inference.may_answer.set()
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(answers[0], asyncio.CancelledError)
+    assert answers[1:] == [[GME]] * 22
+    assert inference.looks == 2
+
+
+async def test_nobody_waits_for_a_look_beyond_the_deadline():
+    enter(RequestContext("id", deadline=time.monotonic() + 0.05, time_limit="0.05 s, its timeout"))
+    with pytest.raises(TimedOut, match=r"within 0\.05 s, its timeout; give it more time"):
+        await Catalog(_Slow()).find("nobody")

@@ -20,6 +20,7 @@ from backends.contract import (
     VECTOR_COUNT,
     ErrorCode,
 )
+from gateway import inference
 from gateway.batches import Content
 from gateway.errors import AnswerTooLarge, ModelLost, RefusedItem, ServerFault, TimedOut
 from gateway.inference import GrpcInference
@@ -226,3 +227,12 @@ def test_what_the_server_says_of_a_model_of_images():
     assert (text.takes_images, text.fuses, text.max_image_tokens) == (False, False, 0)
     both = read_pipeline(config(modalities="text,image", fuses="true", max_image_tokens="1280"))
     assert (both.takes_images, both.fuses, both.max_image_tokens) == (True, True, 1280)
+
+
+async def test_a_server_that_stands_still_does_not_hold_up_the_list_of_another(monkeypatch):
+    monkeypatch.setattr(inference, "_OTHERS_LIST_TIMEOUT_S", 0.05)
+    two = GrpcInference(["a:1", "b:1"], 300, 2**20)
+    monkeypatch.setattr(two.servers[0], "pipelines", lambda *_: asyncio.Event().wait())
+    monkeypatch.setattr(two.servers[1], "pipelines", lambda *_: asyncio.sleep(0.2, [PIPELINE]))
+    assert await two.pipelines() == [PIPELINE]
+    await two.close()

@@ -29,6 +29,8 @@ def test_every_type_of_tensor_has_a_smallest_input(kind, shape):
     [
         ("INTERNAL", "Stub process 'a.encoder_0_0' is not healthy.", Pulse.DEAD),
         ("INTERNAL", "Failed to obtain the health mutex.", Pulse.DEAD),
+        ("INTERNAL", "in ensemble 'a', internal: not well: a turn takes 90 s", Pulse.UNWELL),
+        ("INTERNAL", "internal: the model failed on this request", Pulse.ALIVE),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", Pulse.SILENT),
         ("NOT_FOUND", "Request for unknown model: 'a.encoder' is not found", Pulse.MISSING),
         ("UNAVAILABLE", "Request for unknown model: 'a' has no available versions", Pulse.MISSING),
@@ -58,3 +60,10 @@ async def test_what_a_ping_learns_of_an_error(status, message, pulse):
 )
 def test_a_model_that_lacks_a_stage_stays_known_and_one_that_was_removed_does_not(ensemble, stages, is_kept):
     assert _is_being_mended(ensemble, stages) is is_kept
+
+
+async def test_a_server_that_is_gone_tells_nothing_of_an_entry():
+    server = InferenceServer("127.0.0.1:9")
+    assert await server.state("a.encoder") is None
+    assert await server.success_count(["a"]) is None
+    await server.close()

@@ -26,9 +26,12 @@ class _Server:
     def __init__(self):
         self.pulses = {"tiny.tokenizer": Pulse.ALIVE, "tiny.encoder": Pulse.ALIVE}
         self.answers = 0
+        self.successes = 7
+        self.encoded = Pulse.ALIVE
+        self.asked = 0
         self.is_moving = False
         self.loaded = []
-        self.state = "READY"
+        self.state_ = "READY"
 
     async def ping(self, entry, timeout_s):
         await asyncio.sleep(0.001)
@@ -41,15 +44,24 @@ class _Server:
     async def is_loaded(self, entry):
         return True
 
-    async def states(self):
-        return dict.fromkeys(self.pulses, (self.state, ""))
+    async def state(self, entry):
+        return self.state_
+
+    async def success_count(self, entries):
+        self.successes += self.is_moving
+        return self.successes
+
+    async def encode(self, entry, timeout_s):
+        await asyncio.sleep(0.001)
+        self.asked += 1
+        return self.encoded
 
     async def unload(self, entry):
         self.loaded.append(f"-{entry}")
 
     async def load(self, entry):
         self.loaded.append(entry)
-        self.pulses[entry] = Pulse.ALIVE
+        self.pulses[entry] = self.encoded = Pulse.ALIVE
 
 
 @pytest.fixture
@@ -81,7 +93,7 @@ async def until(condition):
             await asyncio.sleep(0.001)
 
 
-@pytest.mark.parametrize("pulse", [Pulse.DEAD, Pulse.SILENT])
+@pytest.mark.parametrize("pulse", [Pulse.DEAD, Pulse.SILENT, Pulse.UNWELL])
 async def test_a_dead_or_hung_encoder_is_loaded_anew_and_the_model_comes_back(server, pulse):
     async with watching(server) as (watch, availability, _):
         lost = []
@@ -106,7 +118,7 @@ async def test_a_stage_that_computes_is_believed_as_long_as_its_answers_become_m
 async def test_texts_are_answered_while_the_stage_of_images_is_gone(server):
     server.pulses["tiny.image"] = Pulse.ALIVE
     async with watching(server, known=[CLIP]) as (watch, availability, _):
-        server.state = "LOADING"
+        server.state_ = "LOADING"
         server.pulses["tiny.image"] = Pulse.MISSING
         await until(lambda: watch.fault(CLIP))
         assert availability.loss("elsewhere:1", "tiny") is None
@@ -120,28 +132,63 @@ async def test_texts_are_answered_while_the_stage_of_images_is_gone(server):
 
 async def test_what_somebody_loads_is_left_to_them(server):
     async with watching(server) as (watch, _, _):
-        server.state = "LOADING"
+        server.state_ = "LOADING"
         server.pulses["tiny.encoder"] = Pulse.MISSING
         await until(lambda: watch.fault(TINY))
         await asyncio.sleep(0.05)
         assert server.loaded == []
-        server.state, server.pulses["tiny.encoder"] = "READY", Pulse.ALIVE
+        server.state_, server.pulses["tiny.encoder"] = "READY", Pulse.ALIVE
         await until(lambda: watch.fault(TINY) is None)
 
 
 async def test_what_was_unloaded_for_good_is_no_fault(server):
     async with watching(server) as (watch, _, inference):
         inference.known = []
-        server.state = "UNAVAILABLE"
+        server.state_ = "UNAVAILABLE"
         server.pulses["tiny.encoder"] = Pulse.MISSING
         await asyncio.sleep(0.05)
         assert (watch.fault(TINY), server.loaded) == (None, [])
 
 
-async def test_a_server_that_cannot_be_reached_is_waited_for(server):
+@pytest.mark.parametrize("pulse", [Pulse.UNREACHABLE, Pulse.HALTED])
+async def test_a_server_that_cannot_be_reached_or_stands_still_is_waited_for(server, pulse):
     async with watching(server) as (watch, _, _):
-        server.pulses = dict.fromkeys(server.pulses, Pulse.UNREACHABLE)
-        await until(lambda: watch.fault(TINY) == "the inference server cannot be reached")
+        server.pulses = dict.fromkeys(server.pulses, pulse)
+        await until(lambda: watch.fault(TINY) == pulse)
         assert server.loaded == []
         server.pulses = dict.fromkeys(server.pulses, Pulse.ALIVE)
         await until(lambda: watch.fault(TINY) is None)
+
+
+@pytest.mark.parametrize("pulse", [Pulse.SILENT, Pulse.UNWELL])
+async def test_an_encoder_that_answers_pings_but_computes_nothing_is_loaded_anew(server, pulse):
+    async with watching(server, patience_s=0.06) as (watch, _, _):
+        server.encoded = pulse
+        await until(lambda: server.loaded == ["-tiny.encoder", "tiny.encoder"])
+        assert server.asked >= (3 if pulse is Pulse.UNWELL else 1)
+        await until(lambda: watch.fault(TINY) is None)
+
+
+async def test_an_encoder_whose_canary_waits_while_others_are_answered_is_well(server):
+    async with watching(server, patience_s=0.06) as (watch, _, _):
+        server.encoded = Pulse.SILENT
+        server.is_moving = True
+        await asyncio.sleep(0.3)
+        assert (watch.fault(TINY), server.loaded) == (None, [])
+
+
+async def test_an_encoder_that_never_answered_right_is_not_loaded_anew_for_its_errors(server):
+    server.successes = 0
+    async with watching(server, patience_s=0.06) as (_, _, _):
+        server.encoded = Pulse.UNWELL
+        await until(lambda: server.asked > 9)
+        assert server.loaded == []
+
+
+async def test_a_server_that_died_with_its_stages_is_no_flood_in_the_log(server, caplog):
+    async with watching(server) as (watch, _, _):
+        server.pulses["tiny.encoder"], server.state_ = Pulse.DEAD, None
+        await until(lambda: watch.fault(TINY))
+        await asyncio.sleep(0.05)
+        assert server.loaded == []
+    assert "failed" not in caplog.text

@@ -51,6 +51,8 @@ def serving(tmp_path_factory, traces):
         GATEWAY_LOG_FORMAT="json",
         GATEWAY_ACCESS_LOG="true",
         GATEWAY_CANARY_INTERVAL_S="600",
+        # An encoder that answers nobody is asked by its watch, and that would be counted.
+        GATEWAY_PATIENCE_S="6000",
         OTEL_BSP_SCHEDULE_DELAY="200",
     ) as running:
         yield running

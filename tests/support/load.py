@@ -5,8 +5,9 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import numpy as np
@@ -29,6 +30,10 @@ class Load:
     failures: list[tuple[float, str]] = field(default_factory=list)
     """When each other answer came, and what it was."""
     slowest_s: float = 0.0
+    latest_s: float = float("-inf")
+    """Of the requests with a timeout, how long after that the last one was answered; below 0 is before."""
+    expired: int = 0
+    """Requests that were told in time that their timeout is over."""
     is_over: bool = False
 
     def gap_s(self, moment: float) -> float:
@@ -44,19 +49,40 @@ class Load:
         return "wrong vector"
 
 
-async def _client(load: Load, urls: list[str], number: int, model: str) -> None:
-    places = [number % len(TEXTS), (number * 7 + 3) % len(TEXTS)]
-    body = {"model": model, "input": [TEXTS[i] for i in places], "truncate": True}
+@dataclass(frozen=True)
+class Ask:
+    """What clients ask, and how they read the answer."""
+
+    route: str = "/v1/embeddings"
+    inputs: Sequence[Any] = TEXTS
+    read: Callable[[Any], np.ndarray] = lambda row: np.array(row["embedding"])
+    """One item of the answer -> its numbers, as many for each."""
+    timeout_s: float | None = None
+    """Of every fourth client's requests."""
+
+
+async def _client(load: Load, url: str, number: int, model: str, ask: Ask) -> None:
+    count = len(ask.inputs)
+    places = [number % count, (number * 7 + 3) % count]
+    body = {"model": model, "input": [ask.inputs[i] for i in places], "truncate": True}
+    timeout_s = ask.timeout_s if number % 4 == 0 else None
+    if timeout_s is not None:
+        body["timeout"] = timeout_s
     async with httpx.AsyncClient(timeout=_TIMEOUT_S) as client:
         while not load.is_over:
             started = time.monotonic()
             try:
-                answer = await client.post(f"{urls[0]}/v1/embeddings", json=body)
+                answer = await client.post(f"{url}{ask.route}", json=body)
                 now = time.monotonic()
+                if timeout_s is not None:
+                    load.latest_s = max(load.latest_s, now - started - timeout_s)
                 if answer.status_code == 200:
-                    vectors = np.array([row["embedding"] for row in answer.json()["data"]])
+                    vectors = np.array([ask.read(row) for row in answer.json()["data"]])
                     whose = load.judge(vectors, places)
                     (load.failures if whose == "wrong vector" else load.answers).append((now, whose))
+                elif answer.status_code == 504 and timeout_s is not None:
+                    load.expired += 1
+                    await asyncio.sleep(0.2)
                 else:
                     retry = answer.headers.get("retry-after")
                     load.failures.append((now, f"{answer.status_code} retry-after {retry}: {answer.text}"))
@@ -70,11 +96,16 @@ async def _client(load: Load, urls: list[str], number: int, model: str) -> None:
 
 @contextlib.asynccontextmanager
 async def under_load(
-    url: str, model: str, expected: np.ndarray, clients: int = 32, other: np.ndarray | None = None
+    url: str,
+    model: str,
+    expected: np.ndarray,
+    clients: int = 32,
+    other: np.ndarray | None = None,
+    ask: Ask = Ask(),
 ) -> AsyncIterator[Load]:
     """So many clients ask until the block ends; then each waits for its last answer."""
     load = Load(expected, other)
-    tasks = [asyncio.create_task(_client(load, [url], i, model)) for i in range(clients)]
+    tasks = [asyncio.create_task(_client(load, url, i, model, ask)) for i in range(clients)]
     try:
         await until(lambda: len(load.answers) >= clients, "the first answers under load", 60)
         yield load
