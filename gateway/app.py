@@ -20,6 +20,7 @@ from starlette.routing import Match
 
 from gateway import gauges, tracing
 from gateway.access import Access
+from gateway.body_budget import BodyBudget
 from gateway.catalog import Catalog
 from gateway.connection import LIMITS, ConnectionLimits
 from gateway.context import current
@@ -130,6 +131,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         lifespan=lifespan,
         telemetry=tracing.fastapi_options(spans),
     )
+    app.state.body_budget = BodyBudget(settings.max_body_bytes_total)
     for name, dialect in DIALECTS.items():
         if name != ADMIN or settings.admin_key is not None:
             app.include_router(dialect.router, tags=[name])
