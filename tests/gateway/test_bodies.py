@@ -48,7 +48,7 @@ def test_the_shape_of_bytes_is_that_of_what_they_mean(value, is_ascii, has_space
     for piece in (2**18, 3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(body_shape, "_PIECE", piece)
-            assert [*measure(body)][-1] == (containers, values, depth)
+            assert list(measure(body))[-1] == (containers, values, depth)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -96,7 +96,7 @@ def test_marks_in_texts_count_for_nothing():
     code = 'if (a[0]) { b = {"x": [1, 2]}; } // \\" ' * 1000
     texts = [code] * 60
     assert code.count("{") * 60 > 100_000
-    content = parse(orjson.dumps({"input": texts + ["[" * MAX_CONTAINERS, "," * MAX_VALUES]}))
+    content = parse(orjson.dumps({"input": [*texts, "[" * MAX_CONTAINERS, "," * MAX_VALUES]}))
     assert content["input"][:60] == texts
 
 
