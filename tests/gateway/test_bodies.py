@@ -38,7 +38,7 @@ def slowly(value):
     return 1 + sum(containers), max(1, len(value)) + sum(values), 1 + max(depths, default=0)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(VALUE, st.booleans(), st.booleans())
 @example(['\\"[', "\\", '\\\\"{'], True, True)
 def test_the_shape_of_bytes_is_that_of_what_they_mean(value, is_ascii, has_spaces):
@@ -51,7 +51,7 @@ def test_the_shape_of_bytes_is_that_of_what_they_mean(value, is_ascii, has_space
             assert list(measure(body))[-1] == (containers, values, depth)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(VALUE)
 def test_a_limit_refuses_what_is_over_it_and_nothing_else(value):
     body = orjson.dumps(value)
@@ -71,14 +71,14 @@ BOMBS = {
     "lists": (b"[]", f"{MAX_CONTAINERS}"),
     "objects": (b"{}", f"{MAX_CONTAINERS}"),
     "numbers": (b"1", f"{MAX_VALUES}"),
-    "texts": (b'"\\""', f"{MAX_VALUES}"),
+    "texts": (b'"["', f"{MAX_VALUES}"),
 }
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_body_of_very_many_values_never_becomes_objects(name, monkeypatch):
     part, limit = BOMBS[name]
-    body = b'{"input":[' + b",".join([part] * (16 * 2**20 // (len(part) + 1))) + b"]}"
+    body = b'{"input":[' + b",".join([part] * (9 * 2**20 // (len(part) + 1))) + b"]}"
     begun = time.process_time()
     orjson.loads(body)
     parsed_s = time.process_time() - begun
@@ -87,7 +87,7 @@ def test_a_body_of_very_many_values_never_becomes_objects(name, monkeypatch):
     with pytest.raises(BodyTooLarge, match=f"more than {limit} ") as refused:
         parse(body)
     show(
-        f"16 MiB of {name}: refused after {1000 * (time.process_time() - begun):.0f} ms of a processor, "
+        f"9 MiB of {name}: refused after {1000 * (time.process_time() - begun):.0f} ms of a processor, "
         f"parsing would have taken {1000 * parsed_s:.0f} ms: {refused.value.message}"
     )
 
