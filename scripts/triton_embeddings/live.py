@@ -151,8 +151,8 @@ class LiveServer:
         delete_entries(self.repository, list(entries))
 
     def _unload(self, entry: str, *, with_stages: bool = False) -> None:
-        # One that was never loaded is no fault. The server does one thing after the other: after Ctrl-C it has
-        # to end the loading first.
+        # One that was never loaded is no fault. The server does one thing after the other: after Ctrl-C it
+        # has to end the loading first.
         with contextlib.suppress(InferenceServerException):
             self._client.unload_model(entry, unload_dependents=with_stages, client_timeout=_LOAD_TIMEOUT_S)
 
