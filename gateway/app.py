@@ -20,6 +20,7 @@ from starlette.routing import Match
 
 from gateway import gauges, tracing
 from gateway.access import Access
+from gateway.body_budget import BodyBudget
 from gateway.catalog import Catalog
 from gateway.connection import LIMITS, ConnectionLimits
 from gateway.context import current
@@ -130,6 +131,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         lifespan=lifespan,
         telemetry=tracing.fastapi_options(spans),
     )
+    app.state.body_budget = BodyBudget(settings.max_body_bytes_total)
     for name, dialect in DIALECTS.items():
         if name != ADMIN or settings.admin_key is not None:
             app.include_router(dialect.router, tags=[name])
@@ -143,11 +145,11 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         min_bytes_per_s=settings.min_bytes_per_s,
         window_s=settings.progress_window_s,
     )
-    app.add_middleware(ApiKeys, access=access, refuse=_answer_error)
-    app.add_middleware(Refusals, refuse=_answer_error)
+    app.add_middleware(ApiKeys, access=access, refuse=_answer_refusal)
+    app.add_middleware(Refusals, refuse=_answer_refusal)
     if settings.cors_origins:
         app.add_middleware(cors, origins=settings.cors_origins)
-    app.add_middleware(Draining, drain, _answer_error)
+    app.add_middleware(Draining, drain, _answer_refusal)
     app.add_middleware(Observation, has_access_log=settings.access_log)
     app.add_middleware(RequestId)
     app.add_exception_handler(GatewayError, _answer_error)
@@ -185,6 +187,16 @@ def _watch_stages(inference: GrpcInference, catalog: Catalog, settings: Settings
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
     return _respond(request, error, _style(request).status(error))
+
+
+async def _answer_refusal(request: Request, error: Exception) -> Response:
+    """What middleware refuses has not come to the router, which alone knows its route; what is counted and
+    logged should name it.
+    """
+    if "route" not in request.scope:
+        routes = (route for dialect in DIALECTS.values() for route in dialect.router.routes)
+        request.scope["route"] = next((r for r in routes if r.matches(request.scope)[0] is Match.FULL), None)
+    return await _answer_error(request, error)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

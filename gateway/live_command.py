@@ -9,6 +9,7 @@ import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 
+from gateway.access import is_loopback
 from gateway.errors import BadRequest, ServerFault
 
 _COMMAND = (sys.executable, "-c", "from triton_embeddings.cli import main; main()")
@@ -17,12 +18,13 @@ _TIMEOUT_S = 3600.0
 
 
 class LiveCommand:
-    """Changes the models of all servers, one change at a time."""
+    """Changes the models of all servers, one change at a time. A client that leaves ends no change."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
-        """host:port of the servers, which run on this machine."""
-        self._ports = [address.rpartition(":")[2] for address in addresses]
+        """host:port of the servers."""
+        self._addresses = addresses
         self._turn = asyncio.Lock()
+        self._changes: set[asyncio.Task[str]] = set()
 
     async def add(self, checkpoint: str, name: str | None, options: Mapping[str, str | int | bool]) -> str:
         """What the command says. Raises BadRequest where it fails; the models are then as they were, of the
@@ -42,11 +44,33 @@ class LiveCommand:
         return await self._run(["remove", name])
 
     async def _run(self, arguments: Sequence[str]) -> str:
+        ports = [_local_port(address) for address in self._addresses]
+        change = asyncio.create_task(self._run_all(arguments, ports))
+        self._changes.add(change)
+        change.add_done_callback(self._changes.discard)
+        return await asyncio.shield(change)
+
+    async def _run_all(self, arguments: Sequence[str], ports: Sequence[str]) -> str:
         async with self._turn:
             said = ""
-            for port in self._ports:
+            for port in ports:
                 said = await _run_one([*arguments, "--live", f"--grpc-port={port}"])
             return said
+
+
+def _local_port(address: str) -> str:
+    """Raises BadRequest where the server may be on another machine: the command would change the one that has
+    this port here.
+    """
+    host, _, port = address.rpartition(":")
+    if not is_loopback(host.strip("[]")):
+        raise BadRequest(
+            f"the server {address} is not asked at an address of this machine alone (127.0.0.1), and models "
+            "are changed only where the server runs: use triton-embeddings add --live there, or the admin "
+            "routes of a gateway there",
+            code="not_changed",
+        )
+    return port
 
 
 async def _run_one(arguments: Sequence[str]) -> str:
@@ -57,6 +81,8 @@ async def _run_one(arguments: Sequence[str]) -> str:
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        # Whoever kills all of the gateway does not keep it from undoing.
+        start_new_session=True,
     )
     try:
         async with asyncio.timeout(_TIMEOUT_S):
@@ -66,8 +92,9 @@ async def _run_one(arguments: Sequence[str]) -> str:
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                # It undoes what it has done.
+                # It undoes what it has done. Who does not wait kills it meanwhile.
                 process.terminate()
+            await process.wait()
     if process.returncode:
         said = errors.decode(errors="replace").strip()
         raise BadRequest(said.rpartition("error: ")[2] or said, code="not_changed")

@@ -62,6 +62,10 @@ class Settings(BaseSettings):
     """What that is measured over."""
     max_body_bytes: int = Field(32 * 2**20, ge=1)
     """Larger request bodies are refused with 413."""
+    max_body_bytes_total: int = Field(256 * 2**20, ge=1)
+    """Of all bodies that are being read, in each gateway process; those that do not fit beside them are
+    refused with 503. Of each the first 64 KiB are not counted.
+    """
     max_text_bytes: int = Field(8 * 2**20, ge=1)
     """Of one text as UTF-8. What can matter of a text to a model is cut from it far below."""
     max_prompt_bytes: int = Field(64 * 2**10, ge=1)

@@ -16,6 +16,8 @@ import orjson
 from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
 
+from gateway.body_budget import BodyBudget
+from gateway.body_shape import check_shape
 from gateway.errors import BadRequest, BodyTooLarge, shorten
 from gateway.urgency import read_fields, read_headers
 
@@ -25,8 +27,6 @@ Body = TypeVar("Body", bound=BaseModel)
 # A body over the limit is still read to its end, and thrown away, up to so many times the limit: a client
 # that sends does not listen, and a connection that is closed under it tells nothing.
 _DISCARDED = 8
-# A request's own fields need seven levels; documents to rerank may hold whatever their owner needs.
-_MAX_DEPTH = 64
 # Numbers that are written as JSON without a break.
 _NUMBERS_AT_ONCE = 200_000
 
@@ -38,22 +38,27 @@ async def read(request: Request, model: type[Body], max_bytes: int) -> Body:
 
 async def read_bytes(request: Request, max_bytes: int) -> bytes:
     """The body, of which no more is taken in than the limit; takes note of the headers that say how urgent
-    it is. Raises BadRequest or BodyTooLarge.
+    it is. Raises BadRequest, BodyTooLarge or Unavailable.
     """
-    declared = request.headers.get("content-length", "")
+    length = request.headers.get("content-length", "")
+    declared = int(length) if length.isdecimal() and len(length) < 20 else 0
     is_waiting = request.headers.get("expect", "").lower() == "100-continue"
-    if is_waiting and declared.isdecimal() and int(declared) > max_bytes:
+    if is_waiting and declared > max_bytes:
         raise _too_large(max_bytes)
+    budget: BodyBudget = request.app.state.body_budget
     chunks = []
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= max_bytes:
-            chunks.append(chunk)
-        elif size > max_bytes * _DISCARDED:
-            break
-        else:
-            chunks.clear()
+    with budget.enter(declared if declared <= max_bytes else 0) as held:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= max_bytes:
+                held.grow(size)
+                chunks.append(chunk)
+            elif size > max_bytes * _DISCARDED:
+                break
+            else:
+                chunks.clear()
+                held.close()
     if size > max_bytes:
         raise _too_large(max_bytes)
     read_headers(request.headers)
@@ -63,17 +68,15 @@ async def read_bytes(request: Request, max_bytes: int) -> bytes:
 def parse(body: bytes) -> dict[str, Any]:
     """A JSON object; takes note of its fields that say how urgent it is, which all dialects have.
 
-    Raises BadRequest, which says where the JSON breaks off.
+    Raises BadRequest, which says where the JSON breaks off, or BodyTooLarge.
     """
     if not body:
         raise BadRequest("the body is empty; a JSON object belongs there")
+    check_shape(body)
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        if "depth limit" in str(error):
-            raise _too_deep() from None
         raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    _check_depth(body, content)
     if not isinstance(content, dict):
         raise BadRequest(
             f"the body is a JSON {_kind(content)}; a JSON object belongs there", code="invalid_json"
@@ -144,32 +147,6 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(
         f"the body is larger than {max_bytes} bytes; send fewer inputs at a time (the operator can raise the "
         "limit with GATEWAY_MAX_BODY_BYTES)"
-    )
-
-
-def _check_depth(body: bytes, content: Any) -> None:
-    """Raises BadRequest for what Python could not write out: orjson reads 1024 levels, and a message that
-    shows a value would need as many of Python's own.
-    """
-    if body.count(b"[") + body.count(b"{") <= _MAX_DEPTH:
-        return
-    level = [content]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            part
-            for whole in level
-            for part in (whole.values() if isinstance(whole, dict) else whole)
-            if isinstance(part, (list, dict))
-        ]
-        if not level:
-            return
-    raise _too_deep()
-
-
-def _too_deep() -> BadRequest:
-    return BadRequest(
-        f"the body has lists and objects nested more than {_MAX_DEPTH} deep; no request needs so many",
-        code="invalid_json",
     )
 
 

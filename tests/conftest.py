@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import fake_pb_utils
+from tests.support.figures import pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401 (hooks)
 
 # The stages import the module that the server brings; this must be in place before any of them is imported.
 sys.modules.setdefault("triton_python_backend_utils", fake_pb_utils)

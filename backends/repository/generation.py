@@ -63,8 +63,12 @@ def write_stages(repository: Path, pipeline: PipelineSpec) -> list[str]:
             # Else the first import writes it there, and the server (2.51), which takes that for a change of
             # the entry, loads it once more at the next look.
             py_compile.compile(str(file), doraise=True)
-        for entry in entries:
-            shutil.move(Path(folder) / entry, repository / entry)
+        try:
+            for entry in entries:
+                shutil.move(Path(folder) / entry, repository / entry)
+        except BaseException:
+            delete_entries(repository, entries)
+            raise
     return entries
 
 

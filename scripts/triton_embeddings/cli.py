@@ -27,7 +27,7 @@ from triton_embeddings.addresses import LOOPBACK, Addresses
 from triton_embeddings.errors import CommandError
 from triton_embeddings.flags import rewrite
 from triton_embeddings.launch import launch
-from triton_embeddings.live import LiveServer
+from triton_embeddings.live import LiveServer, interruptible
 from triton_embeddings.preflight import check_strangers, read_gateway_settings
 from triton_embeddings.process import Stop
 from triton_embeddings.server_binary import scratch_directory
@@ -223,7 +223,7 @@ def add(
     """Write the model repository's entries of a checkpoint; its weights stay where they are."""
     options = _given(locals())
     if live:
-        with LiveServer(grpc_port or _GRPC_PORT, model_repository) as server:
+        with interruptible(), LiveServer(grpc_port or _GRPC_PORT, model_repository) as server:
             pipeline, is_replaced = server.add(checkpoint, name, options)
     else:
         repository = model_repository or models.default_repository()
@@ -252,7 +252,7 @@ def remove(
 ) -> None:
     """Delete the model repository's entries of a model; its checkpoint stays."""
     if live:
-        with LiveServer(grpc_port or _GRPC_PORT, model_repository) as server:
+        with interruptible(), LiveServer(grpc_port or _GRPC_PORT, model_repository) as server:
             server.remove(name)
     else:
         remove_pipeline(model_repository or models.default_repository(), name)

@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class LiveServer:
     def add(self, checkpoint: str, name: str | None, options: Mapping[str, Any]) -> tuple[PipelineSpec, bool]:
         """Serves a checkpoint, in place of the model of that name if there is one; whether there was.
 
-        Raises BackendError or CommandError, and then everything is as it was.
+        Raises BackendError or CommandError, and then everything is as it was; so it is after Ctrl-C, unless
+        the new weights serve already: then the old ones go nevertheless.
         """
         with _alone(self.repository):
             pipeline = models.plan_new(self.repository, checkpoint, name, options)
@@ -82,7 +84,11 @@ class LiveServer:
             except BaseException:
                 self._take_away([trial, *stages])
                 raise
-            self._take_away([trial, *old])
+            try:
+                self._take_away([trial, *old])
+            except KeyboardInterrupt:
+                self._take_away([trial, *old])
+                raise
             return pipeline, bool(old)
 
     def remove(self, name: str) -> None:
@@ -106,7 +112,8 @@ class LiveServer:
         try:
             for entry in ensembles_of(pipeline):
                 self._load(entry)
-        except CommandError:
+        except BaseException:
+            # The stages that it names now are about to go.
             restore_ensembles(self.repository, before)
             for path, text in before.items():
                 if text is not None:
@@ -144,9 +151,25 @@ class LiveServer:
         delete_entries(self.repository, list(entries))
 
     def _unload(self, entry: str, *, with_stages: bool = False) -> None:
-        # One that was never loaded is no fault.
+        # One that was never loaded is no fault. The server does one thing after the other: after Ctrl-C it
+        # has to end the loading first.
         with contextlib.suppress(InferenceServerException):
-            self._client.unload_model(entry, unload_dependents=with_stages, client_timeout=_ASK_TIMEOUT_S)
+            self._client.unload_model(entry, unload_dependents=with_stages, client_timeout=_LOAD_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """In here SIGTERM is Ctrl-C, so that what was begun is undone; a second one does not end the undoing."""
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def note_repository(grpc_port: int, repository: Path) -> Path:

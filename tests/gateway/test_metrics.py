@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 import aiohttp.web
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -16,6 +17,7 @@ from gateway.metrics import show_load
 from gateway.server_metrics import merge
 from tests.gateway.conftest import running
 from tests.support.fake_inference import FakeInference
+from tests.support.gateway import listening
 
 
 async def scrape(client):
@@ -58,6 +60,31 @@ async def test_requests_are_counted_by_template_model_and_status(client):
     assert after[cut] - before.get(cut, 0) == 1
     durations = "triton_embeddings_request_duration_seconds_count", of_model, ("route", "/v1/embeddings")
     assert after[durations] - before.get(durations, 0) == 1
+
+
+async def test_what_is_refused_at_the_door_is_counted_by_its_route(inference, caplog):
+    settings = {"api_key": "sk-a-good-key", "admin_key": "the-operators-own", "access_log": True}
+    caplog.set_level(logging.INFO, "gateway.access")
+    with listening(inference, max_headers=20, metrics=True, **settings) as gateway:
+        operator = {"Authorization": "Bearer the-operators-own"}
+        async with httpx.AsyncClient(base_url=gateway.url, headers=operator) as client:
+            before = await scrape(client)
+            stranger = {"Authorization": "Bearer sk-unknown"}
+            await client.post("/v1/embeddings", json={"input": "a"}, headers=stranger)
+            await client.get("/v1/models/org/tiny", headers=stranger)
+            await client.delete("/admin/models/tiny", headers=stranger)
+            await client.post("/v1/rerank", json={}, headers={f"x-{i}": "a" for i in range(30)})
+            await client.post("/nowhere", json={}, headers=stranger)
+            after = await scrape(client)
+    for route, status in (
+        ("/v1/embeddings", 401),
+        ("/v1/models/{model:path}", 401),
+        ("/admin/models/{name}", 401),
+        ("/v1/rerank", 431),
+        ("other", 401),
+    ):
+        assert requests(after, route, "none", status) - requests(before, route, "none", status) == 1, route
+    assert any(record.message.startswith("POST /v1/embeddings 401") for record in caplog.records)
 
 
 async def test_an_unexpected_error_is_counted(inference, client):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 
@@ -135,6 +136,34 @@ async def test_a_broken_checkpoint_leaves_the_old_one_serving(serving, checkpoin
     assert load.failures == []
     assert entries(serving) == before
     wait_until(lambda: serving.get("/ready")[0] == 200, "ready")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+async def test_a_change_that_is_broken_off_is_undone(serving, checkpoints, how):
+    old = await asyncio.to_thread(embeddings, serving)
+    before, folders = entries(serving), sorted(os.listdir(serving.output.parent / "models"))
+    known = set(serving.descendants())
+    async with under_load(serving.url, "tiny", old, clients=4) as load:
+        port = serving.grpc.rsplit(":", 1)[1]
+        command = [COMMAND, "add", checkpoints / "second", "--name", "tiny", "--live", "--grpc-port", port]
+        with subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, cwd="/") as process:
+            # The server has begun to load: the process of a new stage is there.
+            await until(
+                lambda: any(".encoder." in c for p, c in serving.descendants().items() if p not in known),
+                "a process of the new encoder",
+            )
+            process.send_signal(how)
+            begun = time.monotonic()
+            told = (await asyncio.to_thread(process.communicate, timeout=WAIT_S))[1].decode()
+    tell(
+        f"\n{how.name} in the middle: undone after {time.monotonic() - begun:.1f} s; it said {told.strip()!r}"
+    )
+    assert process.returncode == 1
+    assert load.failures == []
+    assert entries(serving) == before
+    assert sorted(os.listdir(serving.output.parent / "models")) == folders
+    wait_until(lambda: serving.get("/ready")[0] == 200, "ready")
+    np.testing.assert_allclose(await asyncio.to_thread(embeddings, serving), old, atol=2e-3)
 
 
 def test_a_port_without_a_server(serving):

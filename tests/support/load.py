@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import itertools
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from typing import Any
 
 import httpx
 import numpy as np
+
+from tests.support.figures import show
 
 TEXTS = [f"text number {i} of this test " * (1 + i % 7) for i in range(16)]
 # Longer than any request may take.
@@ -123,5 +124,5 @@ async def until(condition, what: str, timeout_s: float = 60) -> None:
 
 
 def tell(figures: str) -> None:
-    """Shows what was measured (pytest -s)."""
-    sys.stdout.write(figures + "\n")
+    """Shows what was measured."""
+    show(figures.strip())
