@@ -222,6 +222,10 @@ class PipelineParameter(StrEnum):
     """What happens to a text over the limit when the request does not say."""
 
 
+NOT_WELL = "not well: "
+"""What the message of an INTERNAL failure begins with where a ping is told to replace the stage."""
+SHARED_MEMORY_FULL = "shared memory pool"
+"""In the server's own words (2.51) where /dev/shm has no room for a tensor."""
 TRUNCATIONS = ("error", "right", "left", "document")
 ROLES = ("query", "document")
 
