@@ -226,6 +226,8 @@ NOT_WELL = "not well: "
 """How the message of an INTERNAL failure begins that answers a ping: the stage takes requests in, but
 computes nothing any more, and should be loaded anew.
 """
+SHARED_MEMORY_FULL = "shared memory pool"
+"""In the server's own words (2.51) where /dev/shm has no room for a tensor."""
 TRUNCATIONS = ("error", "right", "left", "document")
 ROLES = ("query", "document")
 

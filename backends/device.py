@@ -32,6 +32,23 @@ def has_kernels(device: torch.device) -> bool:
     return device.type in _KERNEL_DEVICES
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it says that a GPU has no room for so much at once."""
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what torch keeps for later use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def check(device: torch.device) -> None:
+    """Raises what a GPU says to everything after a fault in a kernel, until the process ends."""
+    if device.type == "cuda":
+        torch.ones(1, device=device).item()
+
+
 def compute_dtype(option: str, device: torch.device) -> torch.dtype:
     """auto: bfloat16 where the hardware multiplies it (AVX512-BF16, AMX, a GPU), else float32."""
     if option != "auto":

@@ -22,6 +22,7 @@ from backends.contract import (
     COUNT_OF,
     ENCODER_TIMES,
     IMAGE_TIMES,
+    SHARED_MEMORY_FULL,
     SPARSE_INDICES,
     SPARSE_WEIGHTS,
     TOKEN_EMBEDDINGS,
@@ -393,6 +394,9 @@ class GrpcInference:
             return TimedOut(f"{subject}: {failure.message}") if limit is None else limit.error(subject)
         if failure is not None and failure.code is not ErrorCode.INTERNAL:
             return RefusedItem(failure.message, item=failure.item, reason=failure.code)
+        if SHARED_MEMORY_FULL in message:
+            logger.warning("%s: %s", subject, message)
+            return _no_shared_memory(subject)
         if failure is None and DEAD_STUB.search(message):
             logger.debug("%s: %s", subject, message)
             return _not_answering(subject)
@@ -467,6 +471,14 @@ async def _all_or_fault(
 
 def _not_answering(subject: str) -> ModelLost:
     return ModelLost(f"the model {subject} does not answer at the moment; try again in a while")
+
+
+def _no_shared_memory(subject: str) -> Unavailable:
+    return Unavailable(
+        f"{subject}: the inference server's /dev/shm has no room for so many inputs at the moment; send "
+        "fewer or shorter ones at a time, or try again in a while (the operator can give the container more "
+        "of it with --shm-size, or lower --max-batch-tokens)"
+    )
 
 
 def _too_large(max_bytes: int) -> AnswerTooLarge:

@@ -23,11 +23,12 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from backends.checkpoint import Checkpoint
-from backends.contract import ErrorCode, RequestParameter, StageFailure
+from backends.contract import NOT_WELL, SHARED_MEMORY_FULL, ErrorCode, RequestParameter, StageFailure
 from backends.errors import BackendError, RequestError
 from backends.log_format import Formatter
 from backends.options import ServingOptions
 from backends.source import resolve
+from backends.stages.shared_memory import is_scarce, no_room
 
 if TYPE_CHECKING:
     import torch
@@ -142,12 +143,18 @@ _STATUSES = {
     ErrorCode.OUT_OF_MEMORY: "UNAVAILABLE",
 }
 
+# No entry has a blank in its name.
+_NOBODY = "no model"
+
 Answer = dict[str, Any]
 """Outputs of one request by name: numpy arrays or torch tensors, with their batch dimension."""
 
 
 class Stage(ABC):
     """A Python-backend model. Subclasses say what happens to a batch, in terms of plain tensors."""
+
+    ailment: str | None = None
+    """Why it will answer right no more, and must be replaced; pings are told."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Called once by the server when it loads the entry."""
@@ -182,6 +189,44 @@ class Stage(ABC):
         """Neighbours in the batch that run() is given at once; all of them, unless a stage has reasons."""
         return [range(len(batch))]
 
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Whether what was raised says that the device has no room for so much at once."""
+        return False
+
+    def free_memory(self) -> None:  # noqa: B027 (most stages keep nothing)
+        """Gives back what is kept for later use."""
+
+    def check_device(self) -> None:  # noqa: B027 (a processor does not fail so)
+        """Raises where the device will compute nothing more for this process."""
+
+    def find_ailment(self) -> str | None:
+        """Looked for at every ping, so it must be cheap."""
+        return self.ailment
+
+    def answer_ping(self, request: StageRequest) -> None:
+        """Without outputs where all is well."""
+        ailment = self.find_ailment()
+        self.respond(
+            request, {} if ailment is None else RequestError(ErrorCode.INTERNAL, f"{NOT_WELL}{ailment}")
+        )
+
+    def respond(self, request: StageRequest, answer: Answer | RequestError) -> None:
+        """Answers a request of which execute() returns None. What cannot be sent is told in an error, and if
+        that cannot be sent either, nobody can answer the request any more: its client is told when the stage
+        is replaced.
+        """
+        try:
+            request.send(_response(request, answer))
+        except Exception:
+            logger.exception("the answer to request %s cannot be sent", request.id)
+            try:
+                request.send(_response(request, failed()))
+            except Exception:
+                # So it is whenever the first attempt came as far as the server's own code: one response is
+                # all that it allows (server 2.51).
+                logger.exception("nor can it be refused")
+                self.ailment = "an answer could not be sent, and whoever asked waits in vain"
+
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Called by the server with the requests of one batch.
 
@@ -194,7 +239,7 @@ class Stage(ABC):
         places: list[int] = []
         for place, request in enumerate(map(StageRequest, requests)):
             if request.is_ping:
-                respond(request, {})
+                self.answer_ping(request)
             elif (refusal := _refuse_late(request)) is not None:
                 responses[place] = refusal
             else:
@@ -204,31 +249,62 @@ class Stage(ABC):
         for group in groups:
             answers = self._run_group([batch[i] for i in group])
             for i, answer in zip(group, answers, strict=True):
-                response = _response(batch[i], answer)
                 if group is groups[-1]:
-                    responses[places[i]] = response
+                    responses[places[i]] = _response(batch[i], answer)
                 else:
-                    batch[i].send(response)
-            del answers, answer, response
+                    self.respond(batch[i], answer)
+            del answers, answer
         return responses
 
     def _run_group(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
         try:
             return list(self.run(batch))
-        except Exception:
-            logger.exception("a batch of %d requests failed; running them one by one", len(batch))
-            return [self._run_alone(request) for request in batch]
+        except Exception as error:
+            lacks_memory = self.is_out_of_memory(error)
+            if not lacks_memory:
+                logger.exception("a batch of %d requests failed; running them one by one", len(batch))
+                return [self._run_alone(request) for request in batch]
+        # Out here the error, and all that its frames hold of the device, is gone.
+        self.free_memory()
+        middle = len(batch) // 2
+        if not middle:
+            return [self._run_alone(batch[0])]
+        logger.warning("no memory for a batch of %d requests; running it in halves", len(batch))
+        return [*self._run_group(batch[:middle]), *self._run_group(batch[middle:])]
 
     def _run_alone(self, request: StageRequest) -> Answer | RequestError:
         try:
             return self.run([request])[0]
         except RequestError as error:
             return error
-        except Exception:
+        except Exception as error:
             logger.exception("request %s failed", request.id)
-            return RequestError(
-                ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why"
-            )
+            if self.is_out_of_memory(error):
+                return out_of_memory("this request")
+            self.examine()
+            return failed()
+
+    def examine(self) -> None:
+        """After a failure: finds out whether the device fails whatever is asked of it."""
+        try:
+            self.check_device()
+        except Exception as error:
+            logger.exception("the device fails")
+            self.ailment = f"its device fails whatever it computes ({type(error).__name__})"
+
+
+def failed() -> RequestError:
+    """What is answered to a request on which the code failed; why is in the log alone."""
+    return RequestError(ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why")
+
+
+def out_of_memory(what: str) -> RequestError:
+    """What is answered where the device has no room for `what`."""
+    return RequestError(
+        ErrorCode.OUT_OF_MEMORY,
+        f"the device has no memory for {what} at the moment; try again in a while, or send shorter inputs "
+        "(the operator can lower --max-batch-tokens, or load fewer models on it)",
+    )
 
 
 def _to_host(tensor: Any) -> npt.NDArray[Any]:
@@ -250,17 +326,35 @@ def _refuse_late(request: StageRequest) -> Any:
     return None
 
 
-def respond(request: StageRequest, answer: Answer | RequestError) -> None:
-    """Answers a request of which execute() returned None."""
-    request.send(_response(request, answer))
-
-
 def _response(request: StageRequest, answer: Answer | RequestError) -> Any:
     if isinstance(answer, RequestError):
         return pb_utils.InferenceResponse(error=_error(answer.failure))
-    return pb_utils.InferenceResponse(
-        [_output(name, value) for name, value in answer.items() if name in request.wanted]
+    tensors = {name: _output(name, value) for name, value in answer.items() if name in request.wanted}
+    sizes = {name: size for name in tensors if (size := _host_bytes(answer[name]))}
+    needed = sum(sizes.values())
+    if needed and is_scarce(needed) and not _hold([tensors[name] for name in sizes]):
+        logger.warning("no room in shared memory for %d bytes of request %s", needed, request.id)
+        return pb_utils.InferenceResponse(error=_error(no_room(needed).failure))
+    return pb_utils.InferenceResponse(list(tensors.values()))
+
+
+def _hold(tensors: Sequence[Any]) -> bool:
+    """Puts tensors into shared memory before they are sent, from where sending takes them; False where it has
+    no room for them.
+
+    A response that does not fit fails when it is sent, and then no other can be sent (server 2.51). An
+    inference that is asked from here fails without harm, so one is asked of a model that is not there: 0.3 ms
+    beside the copy, which is made once.
+    """
+    request = pb_utils.InferenceRequest(
+        model_name=_NOBODY, requested_output_names=["nothing"], inputs=list(tensors)
     )
+    return SHARED_MEMORY_FULL not in request.exec().error().message()
+
+
+def _host_bytes(value: Any) -> int:
+    is_on_host = isinstance(value, np.ndarray) or value.device.type == "cpu"
+    return int(value.nbytes) if is_on_host else 0
 
 
 def _error(failure: StageFailure) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -21,7 +22,7 @@ import numpy as np
 from backends.clock import now_us
 from backends.contract import ENCODER_TIMES, ErrorCode
 from backends.errors import RequestError
-from backends.stages.base import Answer, Stage, StageRequest, respond
+from backends.stages.base import Answer, Stage, StageRequest, failed, out_of_memory
 from backends.tally import Count, Tally
 from backends.turns import Job, Piece, Turns, halve
 
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 # A request that is still computed when the server unloads the model keeps it from ending so long at most.
 _LAST_WORDS_S = 60.0
+# By then everybody who waits has gone away: it is three times the gateway's own default. A full turn of
+# 16 384 tokens of a model of four billion parameters takes two cores 11 minutes, if nothing else runs.
+_STUCK_AFTER_S = 900.0
 
 
 @dataclass
@@ -52,6 +56,8 @@ class ContinuousStage(Stage, Generic[W]):
     """Set by setup()."""
     workers = 1
     """Threads that compute; setup() may set it."""
+    stuck_after_s = _STUCK_AFTER_S
+    """A pass that takes longer will never end; setup() may set it."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         self.tally = Tally()
@@ -59,6 +65,8 @@ class ContinuousStage(Stage, Generic[W]):
         self._results = threading.Lock()
         self._is_over = False
         self._busy: set[int] = set()
+        # Of each thread that computes, when its pass began.
+        self._began: dict[int, float] = {}
         is_ready: Future[None] = Future()
         # The model is loaded by the thread that computes. If another ran parallel loops too, libgomp would
         # count more threads than processors; then none of them waits actively, and short loops take twice as
@@ -89,13 +97,6 @@ class ContinuousStage(Stage, Generic[W]):
         """
         return answers
 
-    def is_out_of_memory(self, error: Exception) -> bool:
-        """Whether what compute() raised says that the device has no room for so much at once."""
-        return False
-
-    def free_memory(self) -> None:
-        """Gives back what is kept for later use."""
-
     def prepare(self, worker: int, *, is_alone: bool) -> None:
         """Called by a thread before it computes; `is_alone` where no other does, and nothing waits."""
 
@@ -107,7 +108,7 @@ class ContinuousStage(Stage, Generic[W]):
         for one in requests:
             request = StageRequest(one)
             if request.is_ping:
-                respond(request, {})
+                self.answer_ping(request)
                 continue
             try:
                 request.check_deadline()
@@ -115,12 +116,21 @@ class ContinuousStage(Stage, Generic[W]):
             except RequestError as error:
                 if error.failure.code is ErrorCode.DEADLINE_EXCEEDED:
                     self.tally.add(Count.EXPIRED)
-                respond(request, error)
+                self.respond(request, error)
                 continue
             with self._news:
                 self.turns.add(job)
                 self._news.notify_all()
         return [None] * len(requests)
+
+    def find_ailment(self) -> str | None:
+        dead = sum(not thread.is_alive() for thread in self._threads)
+        if dead and not self._is_over:
+            return f"{dead} of its {len(self._threads)} threads have ended"
+        longest = max((time.monotonic() - began for began in list(self._began.values())), default=0.0)
+        if longest > self.stuck_after_s:
+            return f"one pass has been computed for {longest:.0f} s, more than {self.stuck_after_s:g} s"
+        return self.ailment
 
     def finalize(self) -> None:
         """Called by the server before it ends the process: what was taken in is answered."""
@@ -143,7 +153,16 @@ class ContinuousStage(Stage, Generic[W]):
         while pieces := self._next(worker):
             for piece in pieces:
                 piece.job.content.begun_us = piece.job.content.begun_us or now_us()
-            self._compute(pieces)
+            try:
+                self._compute(pieces)
+            except Exception:
+                # The thread must live: others' requests wait for it.
+                logger.exception("a turn of %d requests failed, and they failed one by one", len(pieces))
+                with self._news:
+                    self.turns.drop([piece.job for piece in pieces])
+                for piece in pieces:
+                    self._respond(piece.job.content, failed())
+            self._began.pop(threading.get_ident(), None)
             # Inputs live in the server's shared memory until nobody holds them.
             del pieces
 
@@ -188,6 +207,7 @@ class ContinuousStage(Stage, Generic[W]):
     def _compute(self, pieces: Sequence[Piece[W]]) -> None:
         """Computes a turn and answers what it finishes; whatever fails is answered, too."""
         results: Sequence[Any] | None = None
+        self._began[threading.get_ident()] = time.monotonic()
         try:
             results = self.compute(pieces)
             self._answer(pieces, results)
@@ -196,7 +216,8 @@ class ContinuousStage(Stage, Generic[W]):
             if not lacks_memory:
                 logger.exception("a turn of %d requests failed; computing them one by one", len(pieces))
                 for piece in pieces:
-                    self._compute_alone(piece.job)
+                    if not piece.job.content.is_answered:
+                        self._compute_alone(piece.job)
         else:
             return
         # Out here the error, and all that its frames hold of the device, is gone.
@@ -220,7 +241,7 @@ class ContinuousStage(Stage, Generic[W]):
         job = pieces[0].job
         with self._news:
             self.turns.drop([job])
-        self._respond(job.content, _out_of_memory(count))
+        self._respond(job.content, out_of_memory(f"{count} tokens"))
 
     def _answer(self, pieces: Sequence[Piece[W]], results: Sequence[Any]) -> None:
         works: list[W] = []
@@ -243,7 +264,7 @@ class ContinuousStage(Stage, Generic[W]):
             if not isinstance(answer, RequestError):
                 times = np.array([[work.came_us, work.begun_us, work.done_us]], np.int64)
                 answer = {**answer, ENCODER_TIMES: times}
-            respond(work.request, answer)
+            self.respond(work.request, answer)
 
     def _compute_alone(self, job: Job[W]) -> None:
         """All of a request at once, whatever was done of it."""
@@ -251,6 +272,7 @@ class ContinuousStage(Stage, Generic[W]):
             self.turns.drop([job])
         whole = Piece(job, np.arange(len(job.lengths)))
         answer: Answer | RequestError
+        self._began[threading.get_ident()] = time.monotonic()
         try:
             (result,) = self.compute([whole])
             kept = self.keep(whole, result)
@@ -262,17 +284,8 @@ class ContinuousStage(Stage, Generic[W]):
         except Exception as error:
             logger.exception("request %s failed", job.content.request.id)
             if self.is_out_of_memory(error):
-                answer = _out_of_memory(int(job.lengths.sum()))
+                answer = out_of_memory(f"{int(job.lengths.sum())} tokens")
             else:
-                answer = RequestError(
-                    ErrorCode.INTERNAL, "the model failed on this request; the server's log tells why"
-                )
+                self.examine()
+                answer = failed()
         self._respond(job.content, answer)
-
-
-def _out_of_memory(tokens: int) -> RequestError:
-    return RequestError(
-        ErrorCode.OUT_OF_MEMORY,
-        f"the device has no memory for {tokens} tokens at the moment; try again in a while, or send shorter "
-        "inputs (the operator can lower --max-batch-tokens, or load fewer models on it)",
-    )

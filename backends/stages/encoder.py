@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends import shared_prefix
+from backends import device, shared_prefix
 from backends.contract import (
     FIRST_LENGTH,
     GRID,
@@ -59,6 +59,8 @@ from kernels.transfer import to_device
 # Passes that run side by side on a CPU, each on part of the cores: 6 850 tokens/s in two passes of one core
 # each, 5 960 in one pass on both. With more of them Python itself becomes the limit.
 _MOST_WORKERS = 4
+# A full pass takes a GPU seconds; kernels are compiled at load.
+_GPU_STUCK_AFTER_S = 120.0
 # To fill a turn with texts that begin alike so many budgets are looked at: what is shared counts once.
 _SHARING_REACH = 4
 
@@ -150,6 +152,7 @@ class EncoderStage(ContinuousStage[_Work]):
         self.turn_of_heads: AbstractContextManager[Any] = threading.Lock() if is_own else nullcontext()
         if self.device.type == "cuda":
             warm_up(plain, family.most_tokens(context.checkpoint))
+            self.stuck_after_s = _GPU_STUCK_AFTER_S
         else:
             self.workers = min(self.threads, _MOST_WORKERS)
         if self.forward.shares_prefixes and self.images is None:
@@ -178,11 +181,13 @@ class EncoderStage(ContinuousStage[_Work]):
         torch.set_num_threads(self.threads if worker == 0 and is_alone else self.threads // self.workers)
 
     def is_out_of_memory(self, error: Exception) -> bool:
-        return isinstance(error, torch.OutOfMemoryError)
+        return device.is_out_of_memory(error)
 
     def free_memory(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        device.free_memory(self.device)
+
+    def check_device(self) -> None:
+        device.check(self.device)
 
     def admit(self, request: StageRequest) -> Job[_Work]:
         wanted = self._wanted(request)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from backends import device
 from backends.contract import HIDDEN, LAST_HIDDEN, LENGTH
 from backends.device import place
 from backends.errors import RequestError
@@ -35,6 +36,15 @@ class HeadStage(Stage):
         self.device = place(context.device)
         self.hidden_name = context.parameters.get(READS, HIDDEN)
         self.head = LoadedHead(name, context, self.device, reads_one_row=self.hidden_name == LAST_HIDDEN)
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return device.is_out_of_memory(error)
+
+    def free_memory(self) -> None:
+        device.free_memory(self.device)
+
+    def check_device(self) -> None:
+        device.check(self.device)
 
     def run(self, batch: Sequence[StageRequest]) -> list[Answer | RequestError]:
         return self.head([self._read(request) for request in batch])

@@ -30,6 +30,7 @@ from triton_embeddings.preflight import check_packages, check_paths, check_stran
 from triton_embeddings.process import Child, Stop
 from triton_embeddings.server_binary import find_server, state_directory
 from triton_embeddings.server_log import explain_exit
+from triton_embeddings.shared_memory import SHARED_MEMORY, warn_of_small
 from triton_embeddings.supervisor import Supervised
 
 _POLL_INTERVAL_S = 0.1
@@ -53,7 +54,6 @@ _ROUTES: dict[str, tuple[str, dict[str, Any]]] = {
 _TLS = ssl.create_default_context()
 _TLS.check_hostname = False
 _TLS.verify_mode = ssl.CERT_NONE
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 def launch(
@@ -69,6 +69,8 @@ def launch(
     check_paths(repository, state_directory())
     settings = read_gateway_settings(flags)
     access = check_strangers(settings)
+    if (warning := warn_of_small(repository)) is not None:
+        console.print(f"warning: {warning}", soft_wrap=True, highlight=False)
     server = find_server()
     # Once more, for a download may lie between the first look and this one.
     addresses = replace(addresses.claim(), scheme="https" if settings.tls_cert_file else "http")
@@ -273,5 +275,5 @@ def describe_access(addresses: Addresses, access: Access) -> str:
 
 def _clear_shared_memory(prefix: str) -> None:
     """The server leaves its regions behind when it is killed."""
-    for region in _SHARED_MEMORY.glob(f"{prefix}*"):
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
         region.unlink(missing_ok=True)

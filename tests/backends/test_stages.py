@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from backends.errors import RequestError
+from backends.stages import base
 from backends.stages.base import Stage
 from backends.stages.encoder import EncoderStage
 from backends.stages.head import HeadStage
@@ -16,7 +18,7 @@ from backends.stages.tokenizer import TokenizerStage
 from backends.tally import Count
 from tests.support import decoders
 from tests.support.checkpoints import bert, classifier, sentence_transformer
-from tests.support.fake_pb_utils import Request, TritonModelException, answers
+from tests.support.fake_pb_utils import InferenceRequest, Request, TritonModelException, answers
 from tests.support.figures import show
 
 PROMPTS = {"prompts": {"query": "query: "}}
@@ -372,6 +374,121 @@ def test_memory_that_ends_in_a_head_is_told_too(path):
     assert fine.error is None
 
 
+def test_an_answer_for_which_shared_memory_has_no_room_is_refused_and_the_rest_goes_on(path, monkeypatch):
+    stage = start(EncoderStage(), path, dtype="float32", threads="1")
+    small, large = encoded(stage, np.arange(5, 8)), encoded(stage, np.arange(5, 35))
+    monkeypatch.setattr(base, "is_scarce", lambda needed: True)
+    monkeypatch.setattr(InferenceRequest, "room", 8 * 32 * 4)
+    fine, refused = answers(stage, [small, large])
+    assert fine.error is None
+    assert refused.error.code == "UNAVAILABLE"
+    assert refused.error.message.startswith(
+        "out_of_memory: /dev/shm has no room for 3840 bytes of this model"
+    )
+    assert "--shm-size" in refused.error.message
+    assert stage.ailment is None
+
+
+@pytest.mark.parametrize("fails", ["computed", "late", "no memory", "alone"])
+def test_an_answer_that_cannot_be_sent_costs_no_thread_and_pings_tell(path, fails):
+    stage = start(EncoderStage(), path, dtype="float32", threads="1")
+    lost, after = (encoded(stage, *[np.arange(5, 9)] * 2) for _ in range(2))
+    lost.fails_to_send = True
+    compute, entered, may_go = stage.compute, threading.Event(), threading.Event()
+
+    def held(pieces):
+        entered.set()
+        assert may_go.wait(60)
+        if fails == "no memory":
+            raise torch.OutOfMemoryError("no")
+        if fails == "alone":
+            raise ZeroDivisionError("secret detail")
+        return compute(pieces)
+
+    stage.compute = held
+    if fails == "late":
+        stage.execute([encoded(stage, np.arange(5, 9))])
+        assert entered.wait(60)
+    stage.execute([lost])
+    if fails == "late":
+        next(iter(stage.turns)).content.request.deadline_ms = PAST
+    may_go.set()
+    # The turn of the lost one is over when the next request is answered.
+    fails = ""
+    (fine,) = answers(stage, [after])
+    assert fine.error is None
+    assert not lost.sent
+    assert all(thread.is_alive() for thread in stage._threads)
+    assert pong(stage) == "internal: not well: an answer could not be sent, and whoever asked waits in vain"
+
+
+def test_an_answer_that_the_server_s_module_does_not_take_is_refused(path, monkeypatch):
+    stage = start(EncoderStage(), path, dtype="float32", threads="1")
+    monkeypatch.setattr(base, "_output", lambda name, value: 1 / 0)
+    (refused,) = answers(stage, [encoded(stage, np.arange(5, 9))])
+    assert refused.error.message.startswith("internal: the model failed on this request")
+    assert stage.ailment is None
+
+
+def pong(stage):
+    """What the encoder says to a ping: an error's message, or None."""
+    empty = {"input_ids": np.empty((1, 0), np.int32), "length": np.empty((1, 0), np.int32)}
+    (answer,) = answers(stage, [Request(empty, {"ping": True})])
+    return answer.error and answer.error.message
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_ping_tells_of_a_thread_that_has_ended(path):
+    stage = start(EncoderStage(), path, dtype="float32", threads="1")
+    assert pong(stage) is None
+
+    def end(worker, *, is_alone):
+        raise SystemExit
+
+    stage.prepare = end
+    stage.execute([encoded(stage, np.arange(5, 9))])
+    stage._threads[0].join(60)
+    assert pong(stage) == "internal: not well: 1 of its 1 threads have ended"
+
+
+def test_a_ping_tells_of_a_pass_without_end_and_of_none_that_is_only_long(path):
+    stage = start(EncoderStage(), path, dtype="float32", threads="1")
+    entered, may_go, compute = threading.Event(), threading.Event(), stage.compute
+
+    def held(pieces):
+        entered.set()
+        assert may_go.wait(60)
+        return compute(pieces)
+
+    stage.compute = held
+    asked = encoded(stage, np.arange(5, 9))
+    stage.execute([asked])
+    assert entered.wait(60)
+    assert pong(stage) is None
+    stage.stuck_after_s = 0.0
+    assert re.fullmatch(r"internal: not well: one pass .* for \d+ s, more than 0 s", pong(stage))
+    may_go.set()
+    assert asked.is_sent.wait(60)
+    stage.finalize()
+    assert pong(stage) is None
+
+
+def test_a_ping_tells_of_a_device_that_fails_whatever_it_computes(path):
+    """As a GPU does after a fault in a kernel, and not after one of the code."""
+    stage = start(EncoderStage(), path, dtype="float32", threads="1")
+
+    def fail(*_):
+        raise RuntimeError("device-side assert")
+
+    stage.compute = fail
+    (failed,) = answers(stage, [encoded(stage, np.arange(5, 9))])
+    assert failed.error.code == "INTERNAL"
+    assert pong(stage) is None, "the device itself is well"
+    stage.check_device = fail
+    answers(stage, [encoded(stage, np.arange(5, 9))])
+    assert pong(stage) == "internal: not well: its device fails whatever it computes (RuntimeError)"
+
+
 @pytest.mark.parametrize("budget", [16, 64])
 def test_passes_hold_no_more_tokens_than_the_budget_whatever_is_sent(path, budget):
     """And so the memory of a CPU is bounded; a sequence of more tokens runs alone."""
@@ -428,6 +545,37 @@ def test_head_groups_by_parameters_and_keeps_order(path):
         alone = stage.execute([given])[0]
         np.testing.assert_allclose(answer.value("dense"), alone.value("dense"), atol=1e-6)
     assert np.abs(np.linalg.norm(answers[2].value("dense")) - 1) > 0.05
+
+
+@pytest.mark.parametrize("most", [3, 1, 0])
+def test_a_head_without_memory_for_a_batch_runs_it_in_halves(path, most):
+    stage = start(HeadStage(), path, head="dense")
+    lengths = np.array([[2, 3]], np.int32)
+    requests = [
+        Request({"hidden": np.random.default_rng(i).normal(size=(1, 5, 32)).astype("f"), "length": lengths})
+        for i in range(5)
+    ]
+    expected = [answer.value("dense") for answer in stage.execute(requests)]
+    head, sizes, freed = stage.head, [], []
+
+    def limited(batch):
+        if len(batch) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. secret detail")
+        sizes.append(len(batch))
+        return head(batch)
+
+    limited.inputs = head.inputs
+    stage.head, stage.free_memory = limited, lambda: freed.append(True)
+    got = stage.execute(requests)
+    show(f"of at most {most} requests at a time: batches of {sizes}, memory freed {len(freed)} times")
+    assert freed
+    for one, other in zip(got, expected, strict=True):
+        if most:
+            np.testing.assert_allclose(one.value("dense"), other, atol=1e-6)
+        else:
+            assert one.error.code == "UNAVAILABLE"
+            assert one.error.message.startswith("out_of_memory: the device has no memory for this request at")
+            assert "secret" not in one.error.message
 
 
 class Fragile(Stage):

@@ -22,7 +22,7 @@ from backends.contract import (
 )
 from gateway import inference
 from gateway.batches import Content
-from gateway.errors import AnswerTooLarge, ModelLost, RefusedItem, ServerFault, TimedOut
+from gateway.errors import AnswerTooLarge, ModelLost, RefusedItem, ServerFault, TimedOut, Unavailable
 from gateway.inference import GrpcInference
 from gateway.pipeline import read_pipeline
 from tests.support.fake_inference import MULTIMODAL, PIPELINE
@@ -39,6 +39,12 @@ from tests.support.fake_inference import MULTIMODAL, PIPELINE
             "the server's log tells why",
         ),
         ("INTERNAL", "Stub process 'a.encoder_0_0' is not healthy.", ModelLost, "m does not answer"),
+        (
+            "INTERNAL",
+            "in ensemble 'a', Failed to increase the shared memory pool size for key 'k' to 1 bytes.",
+            Unavailable,
+            "more of it with --shm-size",
+        ),
         ("UNAVAILABLE", "failed to connect to all addresses", ModelLost, "cannot be reached"),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", TimedOut, "within 2.5 s"),
         ("NOT_FOUND", "Request for unknown model: 'a' is not found", ModelLost, "m is not loaded"),

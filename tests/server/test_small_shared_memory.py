@@ -1,9 +1,12 @@
 """Where /dev/shm is as small as Docker makes it. Figures are printed (-s)."""
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
-from tests.support.checkpoints import sentence_transformer
+from tests.support.checkpoints import bert, sentence_transformer
 from tests.support.load import tell
 from tests.support.server import COMMAND, serve
 
@@ -13,11 +16,13 @@ pytestmark = pytest.mark.timeout(900)
 MOUNT = f"mount -t tmpfs -o size={SIZE} tmpfs /dev/shm"
 
 
+COMMAND_IN_IT = ("unshare", "--mount", "sh", "-c", f'{MOUNT} && exec "$@"', "sh", COMMAND, "serve")
+
+
 def test_all_stages_and_large_requests_within_64_mb(tmp_path):
     """A mount of this process's own; it takes the rights of root, or a user namespace."""
     checkpoint = sentence_transformer(tmp_path / "tiny", {"pooling_mode": "mean"})
-    command = ("unshare", "--mount", "sh", "-c", f'{MOUNT} && exec "$@"', "sh", COMMAND, "serve")
-    with serve(tmp_path / "output", checkpoint, "--dtype", "float32", command=command) as serving:
+    with serve(tmp_path / "output", checkpoint, "--dtype", "float32", command=COMMAND_IN_IT) as serving:
         texts = [f"text {i} of a long list of words that takes room " * 8 for i in range(2048)]
         status, body = serving.post({"model": "tiny", "input": texts[:1], "truncate": True})
         assert status == 200, body
@@ -33,4 +38,51 @@ def test_all_stages_and_large_requests_within_64_mb(tmp_path):
         status, body = serving.post({"model": "tiny", "input": texts[:1], "truncate": True})
         assert status == 200, body
         assert np.allclose(np.array(body["data"][0]["embedding"]), alone, atol=1e-4)
+        assert serving.stop(90) == 0
+
+
+def test_hidden_states_of_a_usual_width_fill_it_and_every_answer_is_right_or_says_why(tmp_path):
+    """One budget of 16 384 tokens of 1024 float32 values is as large as all of it."""
+    base = functools.partial(
+        bert, max_length=512, hidden_size=1024, num_hidden_layers=1, num_attention_heads=16
+    )
+    checkpoint = sentence_transformer(
+        tmp_path / "tiny", {"pooling_mode": "mean"}, transformer={"max_seq_length": 512}, base=base
+    )
+    arguments = (checkpoint, "--dtype", "float32")
+    with serve(tmp_path / "output", *arguments, command=COMMAND_IN_IT) as serving:
+        said = serving.output.read_text()
+        assert "/dev/shm has 64 MiB, and the models may need 256 MiB" in said
+        texts = [f"text {i} of a list of words that takes room " * 12 for i in range(256)]
+
+        def ask(count: int, path: str = "/v1/embeddings") -> tuple[int, str]:
+            field = "input" if path == "/v1/embeddings" else "inputs"
+            status, body = serving.post({"model": "tiny", field: texts[:count], "truncate": True}, path)
+            if status == 200 and field == "input":
+                vectors = np.array([row["embedding"] for row in body["data"]])
+                np.testing.assert_allclose(vectors[: len(alone)], alone[:count], atol=1e-4)
+            assert status in (200, 413, 503), body
+            return status, "" if status == 200 else str(body)
+
+        alone = np.empty((0, 1024))
+        for text in texts[:8]:
+            status, body = serving.post({"model": "tiny", "input": text, "truncate": True})
+            assert status == 200, body
+            alone = np.concatenate([alone, [body["data"][0]["embedding"]]])
+        told = []
+        for count in (8, 32, 256, 32, 8):
+            status, reason = ask(count)
+            tell(f"{count} texts of 1024 values a token with {SIZE} of /dev/shm: {status} {reason[:300]}")
+            told.append(reason)
+        assert any("--shm-size" in reason for reason in told), "a control: it was too small for some"
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, [1, 64, 4, 256, 2, 16, 1, 8] * 3))
+        tell(f"24 requests by 8 clients: {sorted(status for status, _ in answers)}")
+        assert all("--shm-size" in reason for status, reason in answers if status == 503)
+        status, reason = ask(256, "/embed_all")
+        tell(f"all vectors of 256 texts: {status} {reason[:300]}")
+        # Processes keep what they have taken, so there may be no room again for what went through before.
+        assert ask(1)[0] == 200
+        log = serving.server_log()
+        assert "cannot be sent" not in log
         assert serving.stop(90) == 0

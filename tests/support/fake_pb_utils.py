@@ -82,8 +82,16 @@ class Request:
     def get_response_sender(self) -> "Request":
         return self
 
+    fails_to_send: bool = False
+    is_spent: bool = False
+
     def send(self, response: InferenceResponse, flags: int) -> None:
         assert flags == TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        if self.is_spent:
+            raise TritonModelException("Non-decoupled model cannot send more than one response.")
+        self.is_spent = self.fails_to_send
+        if self.fails_to_send:
+            raise TritonModelException("Failed to increase the shared memory pool size for key 'k'")
         self.sent.append(response)
         self.is_sent.set()
 
@@ -97,6 +105,28 @@ class Request:
 
     def requested_output_names(self) -> list[str]:
         return list(self.wanted)
+
+
+class InferenceRequest:
+    """Of a model that is not there: tensors go into shared memory, and the answer is an error."""
+
+    room: ClassVar[int | None] = None
+    """Bytes that one may take."""
+
+    def __init__(self, model_name: str, requested_output_names: list[str], inputs: list[Tensor]) -> None:
+        assert requested_output_names
+        assert inputs, "as the real one, which takes no request without inputs"
+        self.bytes = sum(tensor.value.nbytes for tensor in inputs)
+
+    def exec(self) -> "InferenceRequest":
+        return self
+
+    def error(self) -> "InferenceRequest":
+        return self
+
+    def message(self) -> str:
+        is_full = self.room is not None and self.bytes > self.room
+        return "Failed to increase the shared memory pool size" if is_full else "Model is not ready"
 
 
 class Metric:
