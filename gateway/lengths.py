@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from backends.contract import ErrorCode
 from gateway.batches import Answer, Item, text_size
 from gateway.errors import BadRequest, RefusedItem
-from gateway.inference import Inference, Parameters
+from gateway.inference import Inference
 from gateway.pipeline import Pipeline
+from gateway.server_calls import Parameters
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from backends.contract import N_TOKENS, TRUNCATED
 from gateway import metrics, phases
 from gateway.batches import Answer, Item
 from gateway.context import current
-from gateway.inference import Inference, Parameters
+from gateway.inference import Inference
 from gateway.pipeline import Pipeline
+from gateway.server_calls import Parameters
 
 
 class Observed:

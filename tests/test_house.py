@@ -74,10 +74,15 @@ def offenders(folder: str, forbidden: str, excepted: tuple[str, ...] = ()) -> li
         ("gateway/batches.py", r"gateway\.(?!pipeline)", ()),
         (
             "gateway/inference.py",
-            r"gateway\.(?!admission|availability|batches|context|errors|inference_server|lane|phases|pipeline"
-            "|urgency)",
+            r"gateway\.(?!admission|batches|charge|context|errors|lane|phases|pipeline|server_calls|urgency)",
             (),
         ),
+        (
+            "gateway/server_calls.py",
+            r"gateway\.(?!availability|batches|context|errors|inference_server|pipeline|server_errors)",
+            (),
+        ),
+        ("gateway/server_errors.py", r"gateway\.(?!errors|inference_server|urgency)", ()),
         ("gateway/availability.py", "gateway|backends", ()),
         ("gateway/inference_server.py", r"gateway\.(?!pipeline)", ()),
         ("gateway/admission.py", r"gateway\.(?!context|errors|lane|throughput)", ()),
@@ -113,7 +118,7 @@ def offenders(folder: str, forbidden: str, excepted: tuple[str, ...] = ()) -> li
         (
             "gateway/",
             "tritonclient|grpc",
-            ("gateway/inference.py", "gateway/inference_server.py"),
+            ("gateway/inference_server.py", "gateway/server_calls.py", "gateway/server_errors.py"),
         ),
         ("gateway/tasks.py", "fastapi|starlette|tritonclient|grpc", ()),
         ("gateway/endpoints/", "numpy.typing|tritonclient", ()),

@@ -20,11 +20,12 @@ from backends.contract import (
     VECTOR_COUNT,
     ErrorCode,
 )
-from gateway import inference
+from gateway import server_calls
 from gateway.batches import Content
 from gateway.errors import AnswerTooLarge, ModelLost, RefusedItem, ServerFault, TimedOut, Unavailable
 from gateway.inference import GrpcInference
 from gateway.pipeline import read_pipeline
+from gateway.server_errors import explain
 from tests.support.fake_inference import MULTIMODAL, PIPELINE
 
 
@@ -51,10 +52,8 @@ from tests.support.fake_inference import MULTIMODAL, PIPELINE
         ("UNKNOWN", "secret detail", ServerFault, "the server's log tells why"),
     ],
 )
-async def test_statuses_of_the_server(status, message, kind, text):
-    inference = GrpcInference(["127.0.0.1:9"], 2.5, 1000)
-    error = inference._explain(InferenceServerException(message, f"StatusCode.{status}"), "m")
-    await inference.close()
+def test_statuses_of_the_server(status, message, kind, text):
+    error = explain(InferenceServerException(message, f"StatusCode.{status}"), "m", 2.5)
     assert type(error) is kind
     assert text in error.message
     assert "secret" not in error.message
@@ -67,11 +66,12 @@ class CannedInference(GrpcInference):
 
     def __init__(self, max_answer_bytes=10**6):
         super().__init__(["127.0.0.1:9"], 1, max_answer_bytes)
+        self.calls.ask = self._answer
         self.running = 0
         self.most = 0
         self.asked = []
 
-    async def _ask(self, pipeline, model, given, outputs, parameters):
+    async def _answer(self, pipeline, model, given, outputs, parameters):
         self.asked.append((model, tuple(outputs)))
         self.running += 1
         self.most = max(self.most, self.running)
@@ -236,7 +236,7 @@ def test_what_the_server_says_of_a_model_of_images():
 
 
 async def test_a_server_that_stands_still_does_not_hold_up_the_list_of_another(monkeypatch):
-    monkeypatch.setattr(inference, "_OTHERS_LIST_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(server_calls, "_OTHERS_LIST_TIMEOUT_S", 0.05)
     two = GrpcInference(["a:1", "b:1"], 300, 2**20)
     monkeypatch.setattr(two.servers[0], "pipelines", lambda *_: asyncio.Event().wait())
     monkeypatch.setattr(two.servers[1], "pipelines", lambda *_: asyncio.sleep(0.2, [PIPELINE]))
