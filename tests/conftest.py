@@ -28,6 +28,7 @@ def root() -> Path:
     return ROOT
 
 
+@pytest.hookimpl(trylast=True)  # pytest's own order, by fixtures that tests share, comes before
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slowest files first, so that the processes that share the files end together."""
-    items.sort(key=lambda item: ROOT / "tests" / "server" not in item.path.parents)
+    items.sort(key=lambda item: (ROOT / "tests" / "server" not in item.path.parents, item.path))

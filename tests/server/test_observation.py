@@ -129,7 +129,7 @@ def test_one_scrape_tells_of_the_gateway_the_encoders_and_the_server(serving):
     assert tokens == 2 * 7
     wait_until(lambda: grown(_PREFIX + "pass_tokens_sum", model) == tokens, "the encoder's numbers", 20)
     assert grown(_PREFIX + "turns_total", model) == 1
-    assert grown("nv_inference_count", ("model", "tiny"), ("version", "1")) == 1
+    assert grown("nv_inference_count", ("model", "tiny"), ("version", "1")) == 2, "texts"
     label = ("model", "tiny"), ("route", "/v1/embeddings"), ("status", "200")
     assert grown("triton_embeddings_requests_total", *label) == 1
     assert grown("triton_embeddings_phase_duration_seconds_count", model, ("phase", "encode")) == 1
@@ -231,8 +231,15 @@ def test_probes_and_canaries_are_not_traced(traces):
 def test_lines_of_the_log_are_json_and_quote_nobody(serving):
     secret = "a text that nobody else sends"
     ask(serving, {"model": "tiny", "input": secret}, **{"x-request-id": "quoted"})
-    lines = [json.loads(line) for line in serving.output.read_text().splitlines() if line.startswith("{")]
-    (line,) = [line for line in lines if line.get("request_id") == "quoted"]
+
+    def lines():
+        # Only whole ones: the gateway writes them after the answer.
+        found = [
+            line for line in serving.output.read_text().splitlines(True) if line[0] + line[-2:] == "{}\n"
+        ]
+        return [one for one in map(json.loads, found) if one.get("request_id") == "quoted"]
+
+    (line,) = wait_until(lines, "the line of the request", 20)
     assert (line["route"], line["model"], line["status"]) == ("/v1/embeddings", "tiny", 200)
     assert line["logger"] == "gateway.access"
     assert secret not in serving.output.read_text()

@@ -139,6 +139,8 @@ class Clients:
         self.right = right
         self.stop_at = stop_at
         self.latencies, self.waits, self.firsts = [], [], []
+        self.answered = []
+        """When, as time.monotonic(), and how many tokens."""
         self.tokens = self.refused = self.in_vain = self.wrong = 0
 
     async def run(self, i, count, **fields):
@@ -157,6 +159,7 @@ class Clients:
                 if status == 200:
                     self.latencies.append(time.monotonic() - started)
                     self.tokens += price(texts)
+                    self.answered.append((time.monotonic(), price(texts)))
                     self.wrong += (answer[1:] * self.right[places[1:]]).sum(1).min(initial=1) < 0.9999
                     # The first text has the client's own words before it.
                     self.firsts.append((texts[0], answer[0]))
@@ -170,6 +173,12 @@ class Clients:
                 is_told = True
                 self.waits.append(wait)
                 await asyncio.sleep(min(wait, max(0, self.stop_at - time.monotonic())))
+
+
+def slowest_rate(answered, end, seconds=5):
+    """Tokens/s of the worst span of so many seconds."""
+    begins = np.arange(end - SECONDS + seconds, end - seconds, 0.5)
+    return min(sum(n for at, n in answered if begin <= at < begin + seconds) for begin in begins) / seconds
 
 
 @pytest.mark.parametrize("lane", ["interactive", "bulk"])
@@ -270,12 +279,15 @@ async def test_ten_times_as_much_as_can_be_done(serving, session):
     cosines = (np.concatenate(again) * np.stack([row for _, row in sample])).sum(1)
     rate = (fast.tokens + slow.tokens) / SECONDS
     p50, p99 = np.quantile(fast.latencies, [0.5, 0.99])
-    # What may be before it: its lane's queue at the lane's share, and what the server has.
-    most = 1.5 * QUEUED / (0.75 * rate) + 3 * BUDGET / rate
+    # What may be before it: its lane's queue at the lane's share, and what the server has; while the machine,
+    # which has other work, is slowest.
+    slowest = slowest_rate(fast.answered + slow.answered, fast.stop_at)
+    most = 1.5 * QUEUED / (0.75 * slowest) + 3 * BUDGET / slowest
     told = fast.waits + slow.waits
     show(
         f"{SECONDS:g} s of ten times as many clients as can be held ({10 * held} interactive): {rate:.0f} "
-        f"tokens/s answered; {len(fast.latencies)} interactive requests, p50 {p50:.2f} s, p99 {p99:.2f} s "
+        f"tokens/s answered, {slowest:.0f} in the slowest 5 s; "
+        f"{len(fast.latencies)} interactive requests, p50 {p50:.2f} s, p99 {p99:.2f} s "
         f"(bound {most:.2f} s); {len(slow.latencies)} lists of {LIST_TEXTS}, "
         f"{slow.tokens / (fast.tokens + slow.tokens):.0%} of the tokens; {fast.refused + slow.refused} times "
         f"429, told to wait {min(told):.1f} to {max(told):.1f} s; {fast.in_vain + slow.in_vain} who waited "

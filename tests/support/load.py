@@ -55,7 +55,7 @@ class Ask:
     """What clients ask, and how they read the answer."""
 
     route: str = "/v1/embeddings"
-    inputs: Sequence[Any] = TEXTS
+    inputs: Sequence[Any] = tuple(TEXTS)
     read: Callable[[Any], np.ndarray] = lambda row: np.array(row["embedding"])
     """One item of the answer -> its numbers, as many for each."""
     timeout_s: float | None = None
