@@ -223,7 +223,8 @@ def add(
     """Write the model repository's entries of a checkpoint; its weights stay where they are."""
     options = _given(locals())
     if live:
-        with interruptible(), LiveServer(grpc_port or _GRPC_PORT, model_repository) as server:
+        undone = interruptible("everything stays as it was")
+        with undone, LiveServer(grpc_port or _GRPC_PORT, model_repository) as server:
             pipeline, is_replaced = server.add(checkpoint, name, options)
     else:
         repository = model_repository or models.default_repository()
@@ -252,7 +253,8 @@ def remove(
 ) -> None:
     """Delete the model repository's entries of a model; its checkpoint stays."""
     if live:
-        with interruptible(), LiveServer(grpc_port or _GRPC_PORT, model_repository) as server:
+        halfway = interruptible(f"{name} may be gone in part: remove it once more")
+        with halfway, LiveServer(grpc_port or _GRPC_PORT, model_repository) as server:
             server.remove(name)
     else:
         remove_pipeline(model_repository or models.default_repository(), name)

@@ -67,8 +67,8 @@ class LiveServer:
     def add(self, checkpoint: str, name: str | None, options: Mapping[str, Any]) -> tuple[PipelineSpec, bool]:
         """Serves a checkpoint, in place of the model of that name if there is one; whether there was.
 
-        Raises BackendError or CommandError, and then everything is as it was; so it is after Ctrl-C, unless
-        the new weights serve already: then the old ones go nevertheless.
+        Raises BackendError, CommandError or KeyboardInterrupt, and then everything is as it was, unless the
+        message says that the new weights serve already.
         """
         with _alone(self.repository):
             pipeline = models.plan_new(self.repository, checkpoint, name, options)
@@ -88,7 +88,7 @@ class LiveServer:
                 self._take_away([trial, *old])
             except KeyboardInterrupt:
                 self._take_away([trial, *old])
-                raise
+                raise CommandError("interrupted when the new weights served already; they go on") from None
             return pipeline, bool(old)
 
     def remove(self, name: str) -> None:
@@ -158,8 +158,11 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """In here SIGTERM is Ctrl-C, so that what was begun is undone; a second one does not end the undoing."""
+def interruptible(outcome: str) -> Iterator[None]:
+    """In here SIGTERM is Ctrl-C, so that what was begun is undone; a second one does not end the undoing.
+
+    Raises CommandError with the outcome.
+    """
 
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -168,6 +171,8 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except KeyboardInterrupt:
+        raise CommandError(f"interrupted; {outcome}") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

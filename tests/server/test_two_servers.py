@@ -39,7 +39,7 @@ def test_one_of_two_servers_stands_still_or_is_killed_and_comes_back(tmp_path):
 
 
 async def stop_one(url, first, second, expected, how):
-    async with under_load(url, "tiny", expected) as load, httpx.AsyncClient(timeout=60) as client:
+    async with under_load(url, "tiny", expected, clients=6) as load, httpx.AsyncClient(timeout=60) as client:
         await until(lambda: requests_of(first) > 50 and requests_of(second) > 50, "both to be asked")
         (server,) = [pid for pid, line in first.descendants().items() if "bin/tritonserver" in line]
         os.kill(server, how)

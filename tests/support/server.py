@@ -1,6 +1,7 @@
 """The real server and gateway, started the way a person starts them, in the user's own environment."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -104,10 +105,27 @@ class Serving:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
+    """Ports that nobody listens on. Each is given once: it may be free because its server is started again.
+
+    They are below those that the system gives to connections, and others in each process of xdist.
+    """
+    return [next(_ports) for _ in range(count)]
+
+
+def _free_ports() -> Iterator[int]:
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw9").removeprefix("gw"))
+    first = 20000 + 1000 * (worker % 10)
+    begin = os.getpid() % 1000
+    for i in itertools.count():
+        port = first + (begin + i) % 1000
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        yield port
+
+
+_ports = _free_ports()
 
 
 def wait_until(condition: Any, what: str, timeout_s: float = START_TIMEOUT_S) -> Any:
