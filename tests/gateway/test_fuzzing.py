@@ -10,6 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 
+from gateway import live_command
 from gateway.app import create_app
 from gateway.settings import Settings
 from tests.gateway.conftest import running
@@ -49,6 +50,41 @@ async def test_mutated_bodies_are_the_clients_fault(seed, caplog):
     # Else nothing but the first check of each route was reached.
     assert statuses[200] > COUNT // 40, statuses
     assert statuses[400] > COUNT // 40, statuses
+
+
+async def test_mutated_changes_of_models_run_no_other_command(monkeypatch, caplog):
+    ran = []
+
+    async def run_one(arguments):
+        ran.append(arguments)
+        return "done"
+
+    monkeypatch.setattr(live_command, "_run_one", run_one)
+    key = "the-operators-own-key"
+    document = create_app(Settings(admin_key=key), FakeInference()).openapi()
+    good = {path: bodies for path, bodies in good_bodies(document).items() if path.startswith("/admin")}
+    assert good
+    good["/admin/models"] += [{"checkpoint": "a"}, {"checkpoint": "a", "options": {"fuse_heads": True}}]
+    statuses = collections.Counter()
+    async with running(FakeInference(MODELS), admin_key=key, server="127.0.0.1:1") as client:
+        for mutant in mutants(good, 1000, 3):
+            headers = {name: value.encode("latin-1") for name, value in mutant.headers.items()}
+            headers["x-api-key"] = key.encode()
+            answer = await client.request(mutant.method, mutant.path, content=mutant.body, headers=headers)
+            statuses[answer.status_code] += 1
+            assert answer.status_code < 500, (mutant.body[:300], answer.text[:300])
+        for name in ("--live", "..", "a/b", "%00", "é", "x" * 200):
+            answer = await client.delete(f"/admin/models/{name}", headers={"x-api-key": key})
+            assert answer.status_code < 500, (name, answer.text)
+    assert no_traceback(caplog) == []
+    assert min(statuses[200], statuses[400]) > 50, statuses
+    for command, *arguments in ran:
+        assert command in ("add", "remove")
+        # What stands in a body is a value of the command line: a path, a name, or an option of `add`.
+        flags = [one for one in arguments[1:] if one.startswith("-")]
+        assert not arguments[0].startswith("-"), arguments
+        assert not {"--trust-remote-code", "--model-repository"} & {flag.split("=")[0] for flag in flags}
+        assert [flag for flag in flags if flag.startswith("--grpc-port")] == ["--grpc-port=1"]
 
 
 def test_mutations_are_the_same_for_the_same_seed():
