@@ -297,6 +297,9 @@ async def test_ten_times_as_much_as_can_be_done(serving, session):
     assert cosines.min() > 0.9999
     assert fast.refused > 10 * held / 2, "else it was no overload"
     assert p99 < most
+    assert p99 < 2 * (1.5 * QUEUED / (0.75 * rate) + 3 * BUDGET / rate), (
+        "slow for a while, not for most of it"
+    )
     assert slow.tokens > 0.15 * (fast.tokens + slow.tokens), "a quarter is its share"
     assert fast.in_vain + slow.in_vain <= 0.03 * (fast.refused + slow.refused)
     assert serving.get("/ready")[0] == 200
