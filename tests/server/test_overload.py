@@ -204,8 +204,8 @@ async def test_a_short_query_beside_a_huge_list(serving, session, lane):
     turns = await settled(lambda: serving.turns("minilm")) - before
     each = turns / len(latencies)
     show(
-        f"beside {len(texts)} texts ({price(texts) / BUDGET:.0f} budgets, {turns:.0f} turns of the encoder) in "
-        f"the lane {lane} one short query after the other sees {each:.1f} turns, and takes as long as "
+        f"beside {len(texts)} texts ({price(texts) / BUDGET:.0f} budgets, {turns:.0f} turns of the encoder) "
+        f"in the lane {lane} one short query after the other sees {each:.1f} turns, and takes as long as "
         f"{waited[0]:.2f} budgets of the list (90 %: {waited[1]:.2f}, at most {waited[2]:.2f}; "
         f"{len(latencies)} queries, {np.median(latencies) * 1000:.0f} ms)"
     )
