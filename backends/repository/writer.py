@@ -16,9 +16,14 @@ from backends.errors import CheckpointError
 from backends.options import ServingOptions
 from backends.repository.pbtxt import ensemble_config, multimodal_config, parse, stage_config
 
+# With the collector at work it takes a third longer to import torch and transformers, which leave it nothing.
 _MODEL = '''"""{summary}"""
 
-from {module} import {name} as TritonPythonModel
+import gc
+
+gc.disable()  # Until the stage is loaded: Stage.initialize() enables it.
+
+from {module} import {name} as TritonPythonModel  # noqa: E402
 
 __all__ = ["TritonPythonModel"]
 '''

@@ -1,5 +1,9 @@
 """The dense stage."""
 
-from backends.stages.head import HeadStage as TritonPythonModel
+import gc
+
+gc.disable()  # Until the stage is loaded: Stage.initialize() enables it.
+
+from backends.stages.head import HeadStage as TritonPythonModel  # noqa: E402
 
 __all__ = ["TritonPythonModel"]

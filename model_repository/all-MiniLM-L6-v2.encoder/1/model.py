@@ -1,5 +1,9 @@
 """The encoder stage."""
 
-from backends.stages.encoder import EncoderStage as TritonPythonModel
+import gc
+
+gc.disable()  # Until the stage is loaded: Stage.initialize() enables it.
+
+from backends.stages.encoder import EncoderStage as TritonPythonModel  # noqa: E402
 
 __all__ = ["TritonPythonModel"]

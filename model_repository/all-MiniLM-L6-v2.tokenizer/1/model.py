@@ -1,5 +1,9 @@
 """The tokenizer stage."""
 
-from backends.stages.tokenizer import TokenizerStage as TritonPythonModel
+import gc
+
+gc.disable()  # Until the stage is loaded: Stage.initialize() enables it.
+
+from backends.stages.tokenizer import TokenizerStage as TritonPythonModel  # noqa: E402
 
 __all__ = ["TritonPythonModel"]

@@ -1,5 +1,9 @@
 """The tokens stage."""
 
-from backends.stages.tokens import TokensStage as TritonPythonModel
+import gc
+
+gc.disable()  # Until the stage is loaded: Stage.initialize() enables it.
+
+from backends.stages.tokens import TokensStage as TritonPythonModel  # noqa: E402
 
 __all__ = ["TritonPythonModel"]
