@@ -5,7 +5,7 @@ BackendError
   +-- CheckpointError   a checkpoint cannot be served
   +-- OptionError       an option has a value that cannot be used
 
-`stages/base.py` is the one place that turns them into the server's own errors.
+`stages/response.py` is the one place that turns them into the server's own errors.
 """
 
 from __future__ import annotations

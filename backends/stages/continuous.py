@@ -22,7 +22,9 @@ import numpy as np
 from backends.clock import now_us
 from backends.contract import ENCODER_TIMES, ErrorCode
 from backends.errors import RequestError
-from backends.stages.base import Answer, Stage, StageRequest, failed, out_of_memory
+from backends.stages.base import Stage
+from backends.stages.request import StageRequest
+from backends.stages.response import Answer, failed, out_of_memory
 from backends.tally import Count, Tally
 from backends.turns import Job, Piece, Turns, halve
 

@@ -46,9 +46,11 @@ from backends.last_token import token_rows
 from backends.options import WIRE_DTYPES
 from backends.ragged import Lengths, Ragged, positions
 from backends.self_check import choose_forward
-from backends.stages.base import Answer, StageContext, StageRequest
+from backends.stages.base import StageContext
 from backends.stages.continuous import ContinuousStage, Work
 from backends.stages.loaded_head import LoadedHead, Reading
+from backends.stages.request import StageRequest
+from backends.stages.response import Answer
 from backends.stages.server_counters import ServerCounters
 from backends.tally import Count
 from backends.turns import Job, Piece, Places, Turns

@@ -16,8 +16,10 @@ from backends.contract import HIDDEN, LAST_HIDDEN, LENGTH
 from backends.device import place
 from backends.errors import RequestError
 from backends.heads import HEADS
-from backends.stages.base import Answer, Stage, StageContext, StageRequest
+from backends.stages.base import Stage, StageContext
 from backends.stages.loaded_head import LoadedHead, Reading
+from backends.stages.request import StageRequest
+from backends.stages.response import Answer
 
 HEAD = "head"
 """The entry's parameter that names the head."""

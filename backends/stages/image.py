@@ -20,7 +20,9 @@ from backends.families import family_of
 from backends.grouping import neighbours
 from backends.image_file import MAX_PIXELS, PixelBudget, read_image
 from backends.image_processing import Grid, Patches
-from backends.stages.base import Answer, Stage, StageContext, StageRequest
+from backends.stages.base import Stage, StageContext
+from backends.stages.request import StageRequest
+from backends.stages.response import Answer
 
 Seen = tuple[Patches, Grid]
 # Pixels of so many pictures, and as many patches, are in memory at once, besides those of one request.

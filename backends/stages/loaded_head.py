@@ -19,7 +19,8 @@ from backends.errors import RequestError
 from backends.heads import HEADS
 from backends.options import WIRE_DTYPES
 from backends.ragged import Lengths, Ragged
-from backends.stages.base import Answer, StageContext
+from backends.stages.base import StageContext
+from backends.stages.response import Answer
 from backends.trust import check_trust
 
 

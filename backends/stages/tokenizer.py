@@ -43,7 +43,9 @@ from backends.heads import late_interaction, takes_pairs
 from backends.instruction import instruction_template
 from backends.prompted_pairs import PromptedPairs
 from backends.rerank_prompt import rerank_prompt_of
-from backends.stages.base import Answer, Stage, StageContext, StageRequest
+from backends.stages.base import Stage, StageContext
+from backends.stages.request import StageRequest
+from backends.stages.response import Answer
 from backends.template_pairs import TemplatePairs
 from backends.tokenization import TextTokenizer, Tokens
 from backends.tokenizer_settings import TokenizerSettings

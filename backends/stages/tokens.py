@@ -21,7 +21,9 @@ from backends.contract import (
 from backends.errors import RequestError
 from backends.heads.tokens import check_normalize
 from backends.options import WIRE_DTYPES
-from backends.stages.base import Answer, Stage, StageContext, StageRequest
+from backends.stages.base import Stage, StageContext
+from backends.stages.request import StageRequest
+from backends.stages.response import Answer
 
 
 class TokensStage(Stage):

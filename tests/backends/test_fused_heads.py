@@ -10,9 +10,9 @@ from backends.checkpoint import Checkpoint
 from backends.heads import HEADS
 from backends.options import ServingOptions
 from backends.repository.pipeline import build_pipeline
-from backends.stages.base import StageRequest
 from backends.stages.encoder import EncoderStage
 from backends.stages.head import HeadStage
+from backends.stages.request import StageRequest
 from backends.stages.tokens import TokensStage
 from tests.backends.test_stages import start
 from tests.support import decoders, multimodal

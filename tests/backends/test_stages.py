@@ -1,5 +1,6 @@
 """The stages with a stand-in for the server's module. tests/server runs them inside the real one."""
 
+import gc
 import json
 import logging
 import re
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from backends.errors import RequestError
-from backends.stages import base
+from backends.stages import response
 from backends.stages.base import Stage
 from backends.stages.encoder import EncoderStage
 from backends.stages.head import HeadStage
@@ -374,10 +375,22 @@ def test_memory_that_ends_in_a_head_is_told_too(path):
     assert fine.error is None
 
 
+def test_what_is_loaded_is_not_looked_through_for_garbage(path):
+    """As an entry's model.py does it, in a process of its own."""
+    gc.disable()
+    try:
+        start(HeadStage(), path, head="dense", dtype="float32")
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 100_000
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
 def test_an_answer_for_which_shared_memory_has_no_room_is_refused_and_the_rest_goes_on(path, monkeypatch):
     stage = start(EncoderStage(), path, dtype="float32", threads="1")
     small, large = encoded(stage, np.arange(5, 8)), encoded(stage, np.arange(5, 35))
-    monkeypatch.setattr(base, "is_scarce", lambda needed: True)
+    monkeypatch.setattr(response, "is_scarce", lambda needed: True)
     monkeypatch.setattr(InferenceRequest, "room", 8 * 32 * 4)
     fine, refused = answers(stage, [small, large])
     assert fine.error is None
@@ -424,7 +437,7 @@ def test_an_answer_that_cannot_be_sent_costs_no_thread_and_pings_tell(path, fail
 
 def test_an_answer_that_the_server_s_module_does_not_take_is_refused(path, monkeypatch):
     stage = start(EncoderStage(), path, dtype="float32", threads="1")
-    monkeypatch.setattr(base, "_output", lambda name, value: 1 / 0)
+    monkeypatch.setattr(response, "_output", lambda name, value: 1 / 0)
     (refused,) = answers(stage, [encoded(stage, np.arange(5, 9))])
     assert refused.error.message.startswith("internal: the model failed on this request")
     assert stage.ailment is None
