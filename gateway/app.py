@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import gc
+import functools
 import importlib.metadata
 import logging
 import math
-from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -18,21 +15,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from gateway import gauges, tracing
+from gateway import tracing
 from gateway.access import Access
 from gateway.body_budget import BodyBudget
-from gateway.catalog import Catalog
-from gateway.connection import LIMITS, ConnectionLimits
 from gateway.context import current
 from gateway.drain import Drain, Draining
 from gateway.endpoints import ADMIN, DEFAULT_DIALECT, DIALECTS
-from gateway.endpoints.dialect import Services, style_of
+from gateway.endpoints.dialect import style_of
 from gateway.error_bodies import ErrorStyle
 from gateway.errors import BadRequest, GatewayError, ServerFault, Unauthorized
-from gateway.images import ImageLoader
-from gateway.inference import GrpcInference, Inference
-from gateway.lengths import BoundedInference
-from gateway.logs import log_loop_error
+from gateway.inference import Inference
+from gateway.lifespan import serving
 from gateway.middleware.api_keys import ApiKeys
 from gateway.middleware.cors import cors
 from gateway.middleware.disconnect import Disconnect
@@ -40,17 +33,11 @@ from gateway.middleware.observation import Observation
 from gateway.middleware.refusals import Refusals
 from gateway.middleware.request_id import HEADER, RequestId
 from gateway.middleware.slow_bodies import SlowBodies
-from gateway.observed import Observed
-from gateway.readiness import Readiness
-from gateway.scoring import Scorer
 from gateway.settings import Settings
-from gateway.stage_watch import StageWatch
-from gateway.vocabulary import Vocabulary
 from gateway.wire import respond
 
 logger = logging.getLogger(__name__)
 
-_GC_THRESHOLD = 100_000
 _VERSION = importlib.metadata.version("triton-embeddings")
 _DESCRIPTION = (
     "Embedding models on NVIDIA Triton Inference Server. Point an OpenAI client's base_url at /v1; "
@@ -68,59 +55,6 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     """
     access = Access(settings)
     drain = Drain()
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        asyncio.get_running_loop().set_exception_handler(log_loop_error)
-        # Made here: the gRPC channel belongs to the event loop that runs now.
-        server = inference or GrpcInference(
-            settings.servers,
-            settings.request_timeout_s,
-            settings.max_answer_bytes,
-            limits=settings.admission_limits,
-            repair_wait_s=settings.repair_wait_s,
-        )
-        own = Observed(server)
-        bounded = BoundedInference(own, settings.max_text_bytes, settings.max_prompt_bytes)
-        catalog = Catalog(own)
-        stages = _watch_stages(server, catalog, settings) if isinstance(server, GrpcInference) else None
-        readiness = Readiness(
-            own,
-            catalog,
-            settings.canary_interval_s,
-            settings.patience_s,
-            stages.fault if stages else lambda pipeline: None,
-            drain,
-        )
-        # One thread: a request with much to compare must not take the processor from all others.
-        calculator = ThreadPoolExecutor(1, "calculator")
-        scorer = Scorer(bounded, catalog, calculator, settings.max_products)
-        images = ImageLoader(settings)
-        app.state.services = Services(
-            settings, bounded, catalog, readiness, Vocabulary(own), scorer, calculator, images
-        )
-        admission = server.admission if isinstance(server, GrpcInference) else None
-        watches = [
-            asyncio.create_task(readiness.watch()),
-            asyncio.create_task(gauges.watch(readiness, admission)),
-        ]
-        if stages is not None:
-            watches.append(asyncio.create_task(stages.run()))
-        # What lives by now lives for ever: without it, collections of old objects double the 99th percentile.
-        # And what a request leaves behind has no cycles: a collection is seldom worth its while.
-        gc.freeze()
-        gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
-        # uvicorn's part of the end, http_server.py, finds it there.
-        yield {LIMITS: ConnectionLimits.of(settings), "drain": drain}
-        for watch in watches:
-            watch.cancel()
-        await asyncio.gather(*watches, return_exceptions=True)
-        calculator.shutdown(wait=False, cancel_futures=True)
-        await images.close()
-        await own.close()
-        if spans is not None:
-            await asyncio.to_thread(spans.shutdown)
-
     spans = tracing.make_provider(settings.traces_url) if settings.traces_url else None
     # FastAPI's own /docs is blank on a machine without the internet: it takes its scripts from a CDN.
     app = FastAPIOffline(
@@ -128,7 +62,9 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         description=_DESCRIPTION + (_WITH_KEYS if access.asks_for_keys else _WITHOUT_KEYS),
         version=_VERSION,
         redoc_url=None,
-        lifespan=lifespan,
+        lifespan=functools.partial(
+            serving, settings, drain, inference, None if spans is None else spans.shutdown
+        ),
         telemetry=tracing.fastapi_options(spans),
     )
     app.state.body_budget = BodyBudget(settings.max_body_bytes_total)
@@ -171,17 +107,6 @@ def _describe_keys(app: FastAPI) -> None:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _watch_stages(inference: GrpcInference, catalog: Catalog, settings: Settings) -> StageWatch:
-    return StageWatch(
-        inference.servers,
-        catalog,
-        inference.availability,
-        interval_s=settings.ping_interval_s,
-        hang_timeout_s=settings.hang_timeout_s,
-        patience_s=settings.patience_s,
-    )
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
