@@ -112,7 +112,7 @@ def launch(
         stack.callback(gateway.stop, settings.drain_timeout_s + 5)
         started = time.monotonic()
         with console.status("loading the models") if console.is_terminal else nullcontext():
-            is_ready = _wait_until_ready(addresses, (triton.child, gateway.child), log, stop)
+            is_ready = _wait_until_ready(addresses, (triton, gateway), log, stop)
         if is_ready:
             console.print(f"loaded in {time.monotonic() - started:.1f} s")
             _introduce(console, addresses, log, access, starter_key)
@@ -179,15 +179,16 @@ def gateway_environment(
     }
 
 
-def _wait_until_ready(addresses: Addresses, children: Sequence[Child], log: Path, stop: Stop) -> bool:
+def _wait_until_ready(addresses: Addresses, processes: Sequence[Supervised], log: Path, stop: Stop) -> bool:
     """True when every model has answered, False when it was told to stop before that.
 
-    Raises CommandError when a child ends, or when a model that is loaded keeps failing.
+    Raises CommandError when a process ends, or when a model that is loaded keeps failing.
     """
     deadline = time.monotonic() + _START_TIMEOUT_S
     failing_since: dict[str, float] = {}
     while time.monotonic() < deadline:
-        _check_alive(children, log)
+        for process in processes:
+            process.look_at_start()
         status, body = _get(addresses, "/ready")
         if status == 200:
             return True
@@ -201,12 +202,6 @@ def _wait_until_ready(addresses: Addresses, children: Sequence[Child], log: Path
         if stop.wait(_POLL_INTERVAL_S):
             return False
     raise CommandError(f"the models did not answer within {_START_TIMEOUT_S} s; the server's log is {log}")
-
-
-def _check_alive(children: Sequence[Child], log: Path) -> None:
-    for child in children:
-        if child.exit_code is not None:
-            raise CommandError(_explain(child, log))
 
 
 def _explain(child: Child, log: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 _LOAD_ERROR = re.compile(r"failed to load '(?P<entry>[^']+)' version \d+: (?P<status>[^:]+): (?P<text>.*)")
@@ -32,7 +33,14 @@ def explain_exit(name: str, exit_code: int, log: Path) -> str:
                     f"the model {model} is not whole: {missing['text'].strip()}; write it anew with "
                     f"triton-embeddings add (the server's log: {log})"
                 )
-    return f"{name} ended with exit code {exit_code} (the server's log: {log})"
+    how = f"was killed by {_signal(-exit_code)}" if was_killed else f"ended with exit code {exit_code}"
+    return f"{name} {how} (the server's log: {log})"
+
+
+def _signal(number: int) -> str:
+    """Its name, and what sends it where no person did."""
+    name = next((one.name for one in signal.Signals if one == number), f"signal {number}")
+    return f"{name}, as the system does where memory runs out" if number == signal.SIGKILL else name
 
 
 def _first_line(text: str) -> str:

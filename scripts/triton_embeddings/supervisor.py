@@ -30,7 +30,7 @@ class Supervised:
         clear: Callable[[], None] = lambda: None,
         heartbeat: Heartbeat | None = None,
     ) -> None:
-        """`explain` says why a child ended; `clear` takes away what a dead one left behind. One whose
+        """`explain` says why a child ended; `clear` takes away what a dead one left behind. A child whose
         `heartbeat` has stopped is killed.
         """
         self._start = start
@@ -41,6 +41,17 @@ class Supervised:
         self._deaths: list[float] = []
         self._again_at: float | None = None
         self.child = stop.watch_over(start())
+
+    def look_at_start(self) -> None:
+        """Before the child was ever of use: what ends by itself does so for a reason that stays. Only where
+        it was killed or crashed another is tried, once.
+
+        Raises CommandError.
+        """
+        code = self.child.exit_code
+        if self._again_at is None and code is not None and (code >= 0 or self._deaths):
+            raise CommandError(self._explain(self.child))
+        self.look()
 
     def look(self) -> None:
         """Starts the child again where it has ended and its pause is over.

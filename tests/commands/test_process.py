@@ -217,6 +217,8 @@ def test_the_server_s_log_tells_which_model_failed(tmp_path):
     assert text.startswith('the model org-x.y cannot be loaded: /m lacks 3 "weights" (the server')
     assert str(log) in text
     assert explain_exit("gateway", 3, log).startswith("gateway ended with exit code 3")
+    assert explain_exit("gateway", -6, log).startswith("gateway was killed by SIGABRT (")
+    assert "SIGKILL, as the system does where memory runs out (" in explain_exit("gateway", -9, log)
 
 
 def test_a_missing_libpython_names_the_package(monkeypatch):

@@ -26,10 +26,10 @@ def child(code):
     return Child("it", [sys.executable, "-S", "-c", code], os.environ)
 
 
-def look_until(supervised, condition):
+def look_until(look, condition):
     deadline = time.monotonic() + 60
     while not condition():
-        supervised.look()
+        look()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -42,7 +42,7 @@ def test_a_child_that_ends_is_started_again(stop, monkeypatch):
     )
     first = one.child
     first.kill()
-    look_until(one, lambda: one.child is not first)
+    look_until(one.look, lambda: one.child is not first)
     assert one.child.exit_code is None
     assert cleared == [1]
     one.stop(5)
@@ -59,8 +59,32 @@ def test_one_that_ends_again_and_again_is_given_up(stop, monkeypatch):
 
     one = Supervised(start, stop, lambda c: f"it ended with exit code {c.exit_code}")
     with pytest.raises(CommandError, match="exit code 3; it ended 5 times within 60 s"):
-        look_until(one, lambda: False)
+        look_until(one.look, lambda: False)
     assert len(started) == 5
+
+
+def test_at_the_start_a_crash_is_tried_again_once_and_an_error_is_not(stop, monkeypatch):
+    monkeypatch.setattr(supervisor, "_FIRST_BACKOFF_S", 0.01)
+
+    def starting(*codes):
+        started = []
+
+        def start():
+            started.append(child(codes[len(started)]))
+            return started[-1]
+
+        return Supervised(start, stop, lambda c: f"ended with {c.exit_code}"), started
+
+    crash, error = "import os; os.abort()", "raise SystemExit(1)"
+    one, started = starting(crash, "import time; time.sleep(60)")
+    look_until(one.look_at_start, lambda: len(started) == 2)
+    assert one.child.exit_code is None
+    one.stop(5)
+    for codes, end in (((error,), 1), ((crash, error), 1), ((crash, crash), -6)):
+        one, started = starting(*codes)
+        with pytest.raises(CommandError, match=f"^ended with {end}$"):
+            look_until(one.look_at_start, lambda: False)
+        assert len(started) == len(codes)
 
 
 def test_one_that_stands_still_is_killed_and_started_again(stop, monkeypatch):
@@ -78,10 +102,10 @@ def test_one_that_stands_still_is_killed_and_started_again(stop, monkeypatch):
         return False
 
     first = one.child
-    look_until(one, is_answering)
+    look_until(one.look, is_answering)
     assert one.child is first, "while its port is closed it starts"
     os.kill(first._process.pid, signal.SIGSTOP)
-    look_until(one, lambda: one.child is not first)
-    look_until(one, is_answering)
+    look_until(one.look, lambda: one.child is not first)
+    look_until(one.look, is_answering)
     one.stop(5)
     beats.stop()
