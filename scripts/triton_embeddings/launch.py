@@ -25,11 +25,11 @@ from gateway.access import Access, is_loopback
 from triton_embeddings.addresses import LOOPBACK, Addresses
 from triton_embeddings.errors import CommandError
 from triton_embeddings.heartbeat import Heartbeat
-from triton_embeddings.live import note_repository
 from triton_embeddings.preflight import check_packages, check_paths, check_strangers, read_gateway_settings
 from triton_embeddings.process import Child, Stop
 from triton_embeddings.server_binary import find_server, state_directory
 from triton_embeddings.server_log import explain_exit
+from triton_embeddings.serving_note import noted
 from triton_embeddings.shared_memory import SHARED_MEMORY, warn_of_small
 from triton_embeddings.supervisor import Supervised
 
@@ -81,8 +81,7 @@ def launch(
     prefix = f"triton_embeddings_{os.getpid()}_"
     with ExitStack() as stack:
         stack.callback(_clear_shared_memory, prefix)
-        note = note_repository(addresses.grpc_port, repository)
-        stack.callback(note.unlink, missing_ok=True)
+        stack.enter_context(noted(addresses.grpc_port, repository))
         output = stack.enter_context(log.open("wb"))
         command: list[str | Path] = [
             server.path,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from backends.repository.writer import entries_of, list_pipelines
 from triton_embeddings import models
 from triton_embeddings.addresses import LOOPBACK
 from triton_embeddings.errors import CommandError
-from triton_embeddings.server_binary import state_directory
+from triton_embeddings.serving_note import repository_of
 
 # Weights of gigabytes come from a slow disk.
 _LOAD_TIMEOUT_S = 1800.0
@@ -48,7 +47,7 @@ class LiveServer:
     def __init__(self, grpc_port: int, repository: Path | None) -> None:
         """Without a repository, the one that `serve` said it has."""
         self.address = f"{LOOPBACK}:{grpc_port}"
-        self.repository = repository or _repository_of(grpc_port)
+        self.repository = repository or repository_of(grpc_port)
         self._client = server_client.InferenceServerClient(self.address)
 
     def __enter__(self) -> LiveServer:
@@ -175,31 +174,6 @@ def interruptible(outcome: str) -> Iterator[None]:
         raise CommandError(f"interrupted; {outcome}") from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def note_repository(grpc_port: int, repository: Path) -> Path:
-    """Tells other commands which repository the server with that port looks at; the file that says so."""
-    file = _note(grpc_port)
-    file.write_text(
-        json.dumps({"repository": str(repository.resolve()), "process": os.getpid()}), encoding="utf-8"
-    )
-    return file
-
-
-def _repository_of(grpc_port: int) -> Path:
-    file = _note(grpc_port)
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CommandError(
-            f"no server was started here with the gRPC port {grpc_port}; say which port it has with "
-            "--grpc-port, or which repository it looks at with --model-repository"
-        ) from error
-    return Path(said["repository"])
-
-
-def _note(grpc_port: int) -> Path:
-    return state_directory() / f"serving-{grpc_port}.json"
 
 
 def _reason(error: InferenceServerException) -> str:
