@@ -104,8 +104,7 @@ def _passes(
         values = to_device(input_ids.values[torch.from_numpy(tokens)], forward.device)
         images = None if seen is None else seen.of(tokens)
         if tally is not None:
-            padding = 0 if forward.is_packed else int(len(order) * lengths.max() - lengths.sum())
-            tally.add_pass(len(tokens), padding=padding)
+            tally.add_pass(len(tokens), padding=0 if images is not None else forward.padding(lengths))
         yield forward(Ragged(values, lengths), keys, firsts, images=images), tokens, None
 
 
@@ -121,6 +120,7 @@ def _shared_passes(
         segments = Segments(one.starts, one.prefixes) if one.shares else None
         images = None if seen is None else seen.of(one.row)
         if tally is not None:
-            tally.add_pass(len(one.row), shared=len(one.tokens) - len(one.row))
+            padding = 0 if images is not None else forward.padding(one.lengths)
+            tally.add_pass(len(one.row), shared=len(one.tokens) - len(one.row), padding=padding)
         out = forward(Ragged(values, one.lengths), segments=segments, images=images)
         yield out, one.tokens, one.sources

@@ -111,6 +111,10 @@ class GraphedForward:
                 self._add(size, rows, lengths.tolist(), expected)
             return expected
 
+    def padding(self, lengths: Lengths) -> int:
+        size = None if self._is_off else choose_size(lengths[lengths > 0])
+        return 0 if size is None else size[0] - int(lengths.sum())
+
     def _add(
         self,
         size: tuple[int, int],

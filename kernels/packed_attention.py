@@ -60,8 +60,9 @@ def packed_attention(
     `key_lengths` says how many tokens at the beginning of each sequence are looked at, all of them without
     it. `prefixes` says for each sequence which ranges of the row it goes on from, in their order; their
     tokens count as its first positions. `on_attention` is called once for every call: a model that never
-    calls it does not use this function. `plans` stand for all the lengths, where a kernel computes. Raises
-    RuntimeError for a call that does not come from a packed batch.
+    calls it does not use this function. `plans` stand for all the lengths, where a kernel computes. On a CPU
+    tokens behind the last sequence belong to none, and get zeros. Raises RuntimeError for a call that does
+    not come from a packed batch.
     """
     if attention_mask is not None or sequence_lengths is None or query.shape[0] != 1:
         raise RuntimeError(f"{type(module).__name__} reached packed attention without a packed batch")
@@ -119,6 +120,7 @@ def packed_attention(
             else:
                 part = _softcap_attention(*block, mask, plain_causal, scaling, softcap)
             out[:, first:last] = part.transpose(1, 2)
+    output[sum(sequence_lengths) :] = 0
     return output[None], None
 
 

@@ -13,7 +13,7 @@ from backends.checkpoint import Checkpoint
 from backends.encode import encode
 from backends.errors import CheckpointError
 from backends.families import FAMILIES, family_of
-from backends.forward import PackedForward, PaddedForward
+from backends.forward import PackedForward, PaddedForward, row_size
 from backends.ragged import Ragged, cut_by_budget
 from backends.self_check import choose_forward
 from tests.support import checkpoints, families
@@ -82,6 +82,34 @@ def test_blind_tokens_are_not_looked_at(checkpoint):
     seen = torch.cat([one[:n] for one, n in zip(torch.split(got, batch.lengths.tolist()), keys, strict=True)])
     torch.testing.assert_close(seen, run(forward, cut), atol=1e-5, rtol=1e-5)
     assert (got - run(forward, batch)).abs().max() > 0.1, "else nothing was hidden"
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(PADDED)))
+def test_a_short_row_is_filled_up_to_one_of_few_sizes_and_nothing_changes(tmp_path, monkeypatch, name):
+    checkpoint = Checkpoint.read(families.FAMILIES[name](tmp_path / name))
+    packed = load_forward(checkpoint)
+    sizes = []
+    original = packed.run
+
+    def run_and_note(lengths, **given):
+        sizes.append(given["input_ids"].shape[1])
+        return original(lengths, **given)
+
+    monkeypatch.setattr(packed, "run", run_and_note)
+    batches = [batch_of(checkpoint, lengths) for lengths in ((5, 11, 3), (1,), (40, 1), (24, 8))]
+    filled = [run(packed, batch) for batch in batches]
+    assert sizes == [24, 8, 48, 32]
+    monkeypatch.setattr("backends.forward.row_size", lambda n_tokens: n_tokens)
+    sizes.clear()
+    for batch, states in zip(batches, filled, strict=True):
+        torch.testing.assert_close(states, run(packed, batch), atol=1e-5, rtol=1e-5)
+    assert sizes == [19, 1, 41, 32]
+
+
+def test_rows_have_few_sizes_and_long_ones_their_own():
+    assert len({row_size(n) for n in range(1, 257)}) == 24
+    assert all(0 <= row_size(n) - n < 16 for n in range(1, 1000))
+    assert [row_size(n) for n in (257, 2047)] == [257, 2047]
 
 
 def test_a_padded_pass_counts_its_padding():

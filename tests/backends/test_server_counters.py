@@ -50,7 +50,8 @@ def test_passes_are_counted_once_each(path):
     assert told("pass_tokens_sum") == 26
     assert told("pass_tokens_count") == told("turns_total") == 3
     assert passes() == {"16": 2, **dict.fromkeys(["64", "256", "1024", "4096", "16384", "65536", "+Inf"], 3)}
-    assert told("padding_tokens_total") == told("shared_prefix_tokens_total") == 0
+    assert told("shared_prefix_tokens_total") == 0
+    assert told("padding_tokens_total") == (8 - 5) + (24 - 20) + (8 - 1), "short rows are filled up"
     assert told("out_of_memory_retries_total") == told("expired_requests_total") == 0
     assert MetricFamily.made[PREFIX + "turns_total"].metrics[0].labels == {"model": "org/m"}
 

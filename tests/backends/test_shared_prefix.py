@@ -206,8 +206,10 @@ def test_a_model_that_sharing_would_change_runs_without(tmp_path, caplog):
 
         def scale(module, arguments, keywords):
             lengths = torch.tensor(keywords["sequence_lengths"])
-            sizes = torch.repeat_interleave(lengths, lengths)[None, :, None]
-            keywords["inputs_embeds"] = model.embed_tokens(keywords.pop("input_ids")) + sizes / 10
+            sizes = torch.repeat_interleave(lengths, lengths)
+            embedded = model.embed_tokens(keywords.pop("input_ids"))
+            embedded[0, : len(sizes)] += sizes[:, None] / 10
+            keywords["inputs_embeds"] = embedded
             return arguments, keywords
 
         model.register_forward_pre_hook(scale, with_kwargs=True)

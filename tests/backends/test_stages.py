@@ -512,11 +512,8 @@ def test_passes_hold_no_more_tokens_than_the_budget_whatever_is_sent(path, budge
         passes.append(int(tokens.lengths.sum()))
         return forward(tokens, *arguments, **options)
 
-    watched.is_packed, watched.shares_prefixes, watched.device = (
-        forward.is_packed,
-        forward.shares_prefixes,
-        forward.device,
-    )
+    for name in ("is_packed", "shares_prefixes", "device", "padding"):
+        setattr(watched, name, getattr(forward, name))
     stage.forward = watched
     generator = np.random.default_rng(5)
     requests = [

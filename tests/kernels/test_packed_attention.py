@@ -61,6 +61,17 @@ def test_takes_strided_values_of_a_fused_projection():
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
 
 
+def test_tokens_behind_the_last_sequence_belong_to_none():
+    torch.manual_seed(0)
+    total = sum(LENGTHS)
+    q, k, v = (torch.randn(1, 2, total + 4, 16) for _ in range(3))
+    v[:, :, total:] = float("nan")
+    got, _ = packed_attention(torch.nn.Module(), q, k, v, None, sequence_lengths=LENGTHS)
+    expected = dense_reference(*(x[:, :, :total] for x in (q, k, v)), LENGTHS, False, None, None, 0.25)
+    torch.testing.assert_close(got[:, :total].double(), expected, atol=2e-6, rtol=1e-5)
+    assert not got[:, total:].any()
+
+
 def test_takes_causality_from_the_module():
     q = torch.randn(1, 2, 4, 8)
     module = torch.nn.Module()
