@@ -9,11 +9,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from kernels.blockwise_gelu import BlockwiseGelu
 from kernels.int8_linear import Int8Linear
 from kernels.packed_linear import PackedLinear, has_fast_gelu
 
 Product = PackedLinear | Int8Linear
 
+# Classes of torch and of transformers.
+_GELUS = ("GELU", "GELUActivation")
 # Weights of a model up to which the plain ones are kept beside the packed ones.
 _MOST_KEPT_BYTES = 2**30
 
@@ -92,7 +95,9 @@ class PackedParts:
     def gated_halves(self, both: torch.nn.Linear, down: torch.nn.Linear, activation: torch.nn.Module) -> None:
         """Its two products are packed one by one."""
 
-    def leaf(self, module: torch.nn.Module) -> Product | None:
+    def leaf(self, module: torch.nn.Module) -> torch.nn.Module | None:
+        if type(module).__name__ in _GELUS and _is_gelu(module):
+            return BlockwiseGelu()
         return self.product([module]) if type(module) is torch.nn.Linear else None
 
     def adapt(self, module: torch.nn.Module) -> bool:

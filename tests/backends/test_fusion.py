@@ -64,7 +64,8 @@ def test_a_model_that_means_something_else_by_these_names_stays_as_it_is(tmp_pat
     def wrong(self, hidden_states, input_tensor):
         return self.LayerNorm(self.dense(hidden_states, residual=-input_tensor))
 
-    plain = load_forward(checkpoint).model(ids, sequence_lengths=[9]).last_hidden_state
+    with torch.inference_mode():
+        plain = load_forward(checkpoint).model(ids, sequence_lengths=[9]).last_hidden_state
     monkeypatch.setattr(on_cpu.Residual, "forward", wrong)
     with caplog.at_level(logging.WARNING), torch.inference_mode():
         forward = load_forward(checkpoint)
