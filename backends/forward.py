@@ -17,8 +17,10 @@ from kernels import packed_attention
 from kernels.attention_plan import Ranges
 from kernels.transfer import to_device
 
-# Tokens of a row that is filled up. In a longer one the products themselves take long.
-_MOST_FILLED = 256
+# Tokens of a row that is filled up for every model.
+_SHORT = 256
+# Sizes from one power of two to the next, of longer ones.
+_SIZES_OF_LONG = 16
 
 
 class Forward(Protocol):
@@ -71,6 +73,8 @@ class PackedForward:
         self.position_offset = family.position_offset(config)
         self.attention_calls = 0
         self.fills_rows = self.device.type == "cpu"
+        self.fills_long_rows = False
+        """Where products of any number of rows are compiled for it; the self-check sets it."""
 
     def __call__(
         self,
@@ -101,7 +105,9 @@ class PackedForward:
 
     def padding(self, lengths: Lengths) -> int:
         n_tokens = int(lengths.sum())
-        return row_size(n_tokens) - n_tokens if self.fills_rows else 0
+        if not self.fills_rows:
+            return 0
+        return row_size(n_tokens, fills_long=self.fills_long_rows) - n_tokens
 
     def rows(
         self, input_ids: Ragged, first_lengths: Lengths | None = None, segments: Segments | None = None
@@ -170,16 +176,19 @@ class PaddedForward:
         return int(len(lengths) * lengths.max() - lengths.sum())
 
 
-def row_size(n_tokens: int) -> int:
+def row_size(n_tokens: int, *, fills_long: bool = False) -> int:
     """How many tokens a row on a CPU is filled up to, with such as belong to no sequence.
 
     oneDNN compiles a product for each number of rows that it meets, which takes 3 ms for all of a pass of
     all-MiniLM-L6-v2 and 3 MB; for one of 24 sizes it has been done. Four tokens more take 0.3 ms (2 cores,
-    AVX2).
+    AVX2). Rows of more than 256 tokens are filled up, by 2 % on average, where oneDNN multiplies them too.
     """
-    if n_tokens > _MOST_FILLED:
-        return n_tokens
-    step = 8 if n_tokens <= _MOST_FILLED // 2 else 16
+    if n_tokens <= _SHORT:
+        step = 8 if n_tokens <= _SHORT // 2 else 16
+    elif fills_long:
+        step = (1 << (n_tokens - 1).bit_length() - 1) // _SIZES_OF_LONG
+    else:
+        step = 1
     return -(-n_tokens // step) * step
 
 

@@ -21,6 +21,7 @@ from backends.errors import CheckpointError
 from backends.families.base import Family
 from backends.forward import Forward, PackedForward, PaddedForward, Segments, register_attention
 from backends.fusion import fuse
+from backends.fusion.on_cpu import compiles_long_rows
 from backends.model_config import vision_config
 from backends.ragged import Ragged
 from backends.vision import Images, Sees, see
@@ -114,6 +115,8 @@ def _speed_up(
             error = float("inf")
             logger.warning("%s: %s", name, problem)
     if error <= (_INT8_TOLERANCE if in_int8 else tolerance(forward.model)):
+        if isinstance(forward, PackedForward):
+            forward.fills_long_rows = compiles_long_rows(forward.model)
         return
     if in_int8:
         raise CheckpointError(

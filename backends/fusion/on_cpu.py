@@ -104,6 +104,12 @@ class PackedParts:
         return False
 
 
+def compiles_long_rows(model: torch.nn.Module) -> bool:
+    """Whether oneDNN multiplies rows of any length for it, and compiles each length."""
+    products = [module for module in model.modules() if isinstance(module, Product)]
+    return any(isinstance(one, Int8Linear) or one.plain is None for one in products)
+
+
 def _is_gelu(activation: torch.nn.Module) -> bool:
     """The exact one, by what it computes."""
     x = torch.linspace(-4, 4, 33)

@@ -112,6 +112,24 @@ def test_rows_have_few_sizes_and_long_ones_their_own():
     assert [row_size(n) for n in (257, 2047)] == [257, 2047]
 
 
+def test_long_rows_are_filled_up_where_their_products_are_compiled_too():
+    def size(n_tokens):
+        return row_size(n_tokens, fills_long=True)
+
+    assert [size(n) for n in (200, 256, 257, 512, 513, 1024, 1025, 4095)] == [
+        208,
+        256,
+        272,
+        512,
+        544,
+        1024,
+        1088,
+        4096,
+    ]
+    assert len({size(n) for n in range(1, 4097)}) == 24 + 4 * 16
+    assert all(0 <= size(n) - n < n / 16 for n in range(257, 4097))
+
+
 def test_a_padded_pass_counts_its_padding():
     lengths = np.array([3, 100, 3, 3, 50])
     packed = [order.tolist() for order in cut_by_budget(lengths, 120)]

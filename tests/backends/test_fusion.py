@@ -4,6 +4,7 @@ family is what test_families.py shows, whose models are all fused.
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,6 +74,22 @@ def test_a_model_that_means_something_else_by_these_names_stays_as_it_is(tmp_pat
     assert "other numbers with fused layers" in caplog.text
     assert not kinds(forward.model, PackedLinear)
     torch.testing.assert_close(kept, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_long_rows_are_filled_up_where_all_products_are_compiled(tmp_path, monkeypatch):
+    checkpoint = Checkpoint.read(checkpoints.bert(tmp_path / "m"))
+    assert not load_forward(checkpoint).fills_long_rows
+    assert in_int8(checkpoint).fills_long_rows
+    monkeypatch.setattr(on_cpu, "_MOST_KEPT_BYTES", 0)
+    filled = load_forward(checkpoint)
+    assert filled.fills_long_rows
+    lengths = np.array([30] * 9)
+    ids = Ragged(torch.arange(lengths.sum()) % 90 + 5, lengths)
+    assert filled.padding(lengths) == 272 - 270
+    with torch.inference_mode():
+        got = filled(ids)
+        filled.fills_rows = False
+        torch.testing.assert_close(got, filled(ids), atol=1e-5, rtol=1e-5)
 
 
 def in_int8(checkpoint, dtype=torch.float32):
