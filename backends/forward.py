@@ -87,9 +87,9 @@ class PackedForward:
         arguments: dict[str, Any] = dict(self.rows(input_ids, first_lengths, segments))
         n_tokens = len(input_ids.values)
         if images is None:
-            # Every table of embeddings has a row 0.
-            more = self.padding(input_ids.lengths)
-            arguments = {name: F.pad(row, (0, more)) for name, row in arguments.items()}
+            if more := self.padding(input_ids.lengths):
+                # Every table of embeddings has a row 0.
+                arguments = {name: F.pad(row, (0, more)) for name, row in arguments.items()}
         else:
             arguments.update(image_states=images.states, image_places=images.places)
             if images.positions is not None:
