@@ -174,7 +174,7 @@ def _environment(libraries: list[str]) -> dict[str, str]:
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_TOP_PAD_": "268435456",
         # oneDNN keeps what it has compiled for a shape, 0.2 to 0.7 MB each, 1024 of them unless told: an
-        # encoder with texts of all lengths had 2.4 GB after half an hour. There is room for those that come
+        # encoder with texts of all lengths had 2.4 GB after 40 minutes. There is room for those that come
         # again and again (backends.forward.row_size).
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512",
     }.items():

@@ -18,8 +18,9 @@ def test_equals_torch(shape, dtype):
     torch.testing.assert_close(blockwise_gelu(x), F.gelu(x), atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(BlockwiseGelu()(x), F.gelu(x), atol=2e-6, rtol=1e-5)
     assert torch.equal(x, before)
-    if x.numel() > 1:
-        assert not torch.allclose(F.gelu(x, approximate="tanh") + 1e-2, blockwise_gelu(x), atol=1e-3)
+    if dtype == torch.float32 and len(x):
+        wrong = F.gelu(x, approximate="tanh")
+        assert (blockwise_gelu(x) - wrong).abs().max() > 2e-5, "the comparison must see another GELU"
 
 
 def test_takes_what_is_not_contiguous():
