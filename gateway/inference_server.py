@@ -45,7 +45,9 @@ CHANNEL_OPTIONS = [
 ]
 DEAD_STUB = re.compile(r"Stub process '(?P<instance>[^']*)' is not healthy|health mutex")
 """What a request to a process that died, or that stands still, fails with, after 1 s (server 2.51)."""
-NOT_LOADED = re.compile(r"unknown model|not at ready state|has no available versions|not ready")
+_NOT_LOADED = re.compile(r"unknown model|not at ready state|has no available versions|not ready")
+# Looks at what the server has loaded, until no entry is unloaded between the list and its description.
+_LOOKS = 3
 # Loading reads gigabytes from a slow disk.
 _LOAD_TIMEOUT_S = 1800.0
 # Unloading waits for what runs; the process of a stage has 60 s for its last words.
@@ -55,6 +57,14 @@ _ASK_TIMEOUT_S = 10.0
 _LIVE_TIMEOUT_S = 1.0
 # Inputs of an encoder, each of one number, that are one token (0 is one of every vocabulary) of one text.
 _ONE_TOKEN = {INPUT_IDS: 0, LENGTH: 1, KEY_LENGTH: 1, FIRST_LENGTH: 1, PROMPT_LENGTH: 0}
+
+
+def is_not_loaded(error: InferenceServerException) -> bool:
+    """Whether the server says that it has no such model, or that it has it no more."""
+    status, message = error.status(), error.message() or ""
+    return status == f"StatusCode.{grpc.StatusCode.NOT_FOUND.name}" or (
+        status == f"StatusCode.{grpc.StatusCode.UNAVAILABLE.name}" and bool(_NOT_LOADED.search(message))
+    )
 
 
 class Pulse(StrEnum):
@@ -131,7 +141,7 @@ class InferenceServer:
             return Pulse.UNWELL
         if status == f"StatusCode.{grpc.StatusCode.DEADLINE_EXCEEDED.name}":
             return Pulse.SILENT
-        if NOT_LOADED.search(message) or status == f"StatusCode.{grpc.StatusCode.NOT_FOUND.name}":
+        if is_not_loaded(error) or _NOT_LOADED.search(message):
             return Pulse.MISSING
         if status == f"StatusCode.{grpc.StatusCode.UNAVAILABLE.name}":
             return Pulse.UNREACHABLE
@@ -168,12 +178,15 @@ class InferenceServer:
         """The models that are loaded, and of those `known` from before the ones that lack a stage at the
         moment. Raises InferenceServerException.
         """
-        states = await self.states(timeout_s)
-        ready = [name for name, (state, _) in states.items() if state == "READY"]
-        answers = await asyncio.gather(
-            *(self.client.get_model_config(name, client_timeout=timeout_s) for name in ready)
-        )
-        configs = {name: answer.config for name, answer in zip(ready, answers, strict=True)}
+        for _ in range(_LOOKS):
+            states = {name: state for name, (state, _) in (await self.states(timeout_s)).items()}
+            ready = [name for name, state in states.items() if state == "READY"]
+            answers = await asyncio.gather(*(self._config(name, timeout_s) for name in ready))
+            configs = {name: config for name, config in zip(ready, answers, strict=True) if config}
+            if len(configs) == len(ready):
+                break
+            # What is loaded anew just now makes no other model unknown.
+            states |= dict.fromkeys(set(ready) - configs.keys(), "UNLOADING")
         found = {
             name: read_pipeline(config, [configs[m]] if (m := multimodal_name(name)) in configs else ())
             for name, config in configs.items()
@@ -181,13 +194,22 @@ class InferenceServer:
             if PipelineParameter.TASKS in config.parameters
         }
         for name, pipeline in known.items():
-            stages = [states.get(step, ("", ""))[0] for step in pipeline.steps]
+            stages = [states.get(step, "") for step in pipeline.steps]
             # Of one whose ensemble for images is not there only that for texts was found.
             of_texts = pipeline.ensembles[name] if pipeline.image_steps else ()
             is_whole = name in found and found[name].steps != of_texts
-            if not is_whole and _is_being_mended(states.get(name, ("", ""))[0], stages):
+            if not is_whole and _is_being_mended(states.get(name, ""), stages):
                 found[name] = pipeline
         return list(found.values())
+
+    async def _config(self, name: str, timeout_s: float) -> Any:
+        """None of one that is not loaded any more."""
+        try:
+            return (await self.client.get_model_config(name, client_timeout=timeout_s)).config
+        except InferenceServerException as error:
+            if is_not_loaded(error):
+                return None
+            raise
 
     async def answer_count(self, entry: str) -> int | None:
         """Requests that an entry has answered since it was loaded; None where the server does not say."""

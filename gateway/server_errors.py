@@ -17,7 +17,7 @@ from gateway.errors import (
     TimedOut,
     Unavailable,
 )
-from gateway.inference_server import DEAD_STUB, NOT_LOADED
+from gateway.inference_server import DEAD_STUB, is_not_loaded
 from gateway.urgency import time_limit
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,7 @@ def explain(error: InferenceServerException, subject: str, timeout_s: float) -> 
         return not_answering(subject)
     if status == _status(grpc.StatusCode.DEADLINE_EXCEEDED):
         return TimedOut(f"{subject} did not answer within {timeout_s:g} s; send fewer or shorter inputs")
-    if status == _status(grpc.StatusCode.NOT_FOUND) or (
-        status == _status(grpc.StatusCode.UNAVAILABLE) and NOT_LOADED.search(message)
-    ):
+    if is_not_loaded(error):
         lost = ModelLost(f"the model {subject} is not loaded at the moment; try again in a while")
         lost.is_unloaded = True
         return lost
