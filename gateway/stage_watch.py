@@ -214,6 +214,9 @@ class StageWatch:
             now = await asyncio.to_thread(find_stubs, one.server.address, one.entry)
             is_gone = not set(now) - one.processes.keys()
         elif state == "READY":
+            # A process that stands still is asked twice: by the second answer all that was asked of it before
+            # has failed. To end it while the server hands it something ended the server, too, in one of eight
+            # attempts (2.51: boost::interprocess::lock_exception).
             pulse = await one.server.ping(one.entry, self._hang_timeout_s)
             is_gone = pulse in (Pulse.DEAD, Pulse.SILENT, Pulse.UNWELL)
         else:
