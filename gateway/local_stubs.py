@@ -10,11 +10,14 @@ import contextlib
 import ipaddress
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 _PROC = Path("/proc")
 _STUB = b"triton_python_backend_stub"
 _LISTENS = "0A"
+# By a signal, and by a debugger.
+_STOPPED = "Tt"
 
 
 def find_stubs(address: str, entry: str) -> list[int]:
@@ -37,6 +40,15 @@ def kill_stubs(address: str, entry: str) -> None:
     for pid in find_stubs(address, entry):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+
+
+def stand_still(pids: Iterable[int]) -> bool:
+    """Whether all of these processes are stopped, by a signal or a debugger; not of none."""
+    states = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            states.append(_stat(_PROC / str(pid))[0])
+    return bool(states) and all(state in _STOPPED for state in states)
 
 
 def _server_process(address: str) -> int | None:
@@ -82,6 +94,11 @@ def _processes() -> list[tuple[int, int, bytes]]:
     found = []
     for folder in _PROC.glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            parent = int(_stat(folder)[1])
             found.append((int(folder.name), parent, (folder / "cmdline").read_bytes()))
     return found
+
+
+def _stat(folder: Path) -> list[str]:
+    """State, parent, and what else /proc/PID/stat tells behind the command."""
+    return (folder / "stat").read_text().rsplit(")", 1)[1].split()

@@ -67,7 +67,9 @@ class Repairs:
                 return False
             started = time.monotonic()
             try:
-                # Unloading waits for ever for a process that stands still.
+                # Unloading waits for ever for a process that stands still. One that ends while it holds a
+                # lock that the server waits for ends the server, too (2.51: boost's lock_exception); so did
+                # 2 of 32 encoders that were halted under load.
                 await asyncio.to_thread(kill_stubs, server.address, entry)
                 await server.unload(entry)
                 await server.load(entry)

@@ -24,7 +24,7 @@ from gateway.catalog import Catalog
 from gateway.encoder_canary import EncoderCanary
 from gateway.errors import GatewayError
 from gateway.inference_server import InferenceServer, Pulse
-from gateway.local_stubs import find_stubs
+from gateway.local_stubs import find_stubs, stand_still
 from gateway.pipeline import Pipeline
 from gateway.repair import Repairs
 
@@ -213,10 +213,11 @@ class StageWatch:
         elif state == "READY" and (one.has_ended or one.is_unwell):
             now = await asyncio.to_thread(find_stubs, one.server.address, one.entry)
             is_gone = not set(now) - one.processes.keys()
+        elif state == "READY" and await asyncio.to_thread(stand_still, list(one.processes)):
+            # Those that were not healthy, for had they been replaced they had ended. A second ping would take
+            # another second.
+            is_gone = True
         elif state == "READY":
-            # A process that stands still is asked twice: by the second answer all that was asked of it before
-            # has failed. To end it while the server hands it something ended the server, too, in one of eight
-            # attempts (2.51: boost::interprocess::lock_exception).
             pulse = await one.server.ping(one.entry, self._hang_timeout_s)
             is_gone = pulse in (Pulse.DEAD, Pulse.SILENT, Pulse.UNWELL)
         else:
