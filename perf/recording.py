@@ -44,6 +44,7 @@ def append(
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
     when = datetime.datetime.now().isoformat(" ", "seconds")
     common = [when, commit, device or machine(), versions(*peers)]
+    RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / name
     is_new = not file.exists()
     if not is_new:
