@@ -52,7 +52,7 @@ def main() -> None:
         name: partial(load.run, f"{given.url}/v1/embeddings", texts, one, BODY) for name, one in LOADS.items()
     }
     if given.reference:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in model.peer_dtypes():
             name = f"sentence-transformers {str(dtype).removeprefix('torch.')}"
             cases[name] = reference(texts, dtype)
     report(in_turn(cases, given.rounds), per_text)

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from recording import append, in_turn, spread
 
-from backends.device import compute_dtype
 
 Embed = Callable[[], np.ndarray[Any, Any]]
 REFERENCE = "sentence-transformers float32"
@@ -60,11 +59,10 @@ def main() -> None:
     model.prepare()
     ids = model.tokenize(model.texts(given.texts))
     batches = model.padded_batches(ids, given.batch)
-    cases: dict[str, Embed] = {REFERENCE: sentence_transformers(batches, torch.float32)}
-    if compute_dtype("auto", model.CPU) is torch.bfloat16:
-        cases["sentence-transformers bfloat16"] = sentence_transformers(batches, torch.bfloat16)
-    else:
-        print("sentence-transformers in bfloat16 is left out: this processor has no instructions for it")
+    cases: dict[str, Embed] = {
+        f"sentence-transformers {str(dtype).removeprefix('torch.')}": sentence_transformers(batches, dtype)
+        for dtype in model.peer_dtypes()
+    }
     for kind in ("float32", *minilm_onnx.INT8):
         embed = minilm_onnx.embedder(kind)
         cases[f"onnxruntime {kind}"] = lambda embed=embed: embed(batches)  # type: ignore[misc]

@@ -43,6 +43,14 @@ def prepare() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
+def peer_dtypes() -> list[torch.dtype]:
+    """In which other libraries are worth timing: float32, and bfloat16 where the processor computes in it."""
+    if compute_dtype("auto", CPU) is torch.bfloat16:
+        return [torch.float32, torch.bfloat16]
+    print("sentence-transformers in bfloat16 is left out: this processor has no instructions for it")
+    return [torch.float32]
+
+
 def texts(count: int = 512) -> list[str]:
     """Real paragraphs, of about 65 tokens on average."""
     found = [p for p in paragraphs() if 100 < len(p) < 900][:count]
