@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from recording import append, in_turn, spread
 
-
 Embed = Callable[[], np.ndarray[Any, Any]]
 REFERENCE = "sentence-transformers float32"
 
