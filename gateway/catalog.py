@@ -14,7 +14,7 @@ from gateway.inference import Inference
 from gateway.pipeline import Pipeline
 
 # A client that asks for a model that is not there makes the gateway look again, but not more often than this.
-_REFRESH_INTERVAL_S = 1.0
+_REFRESH_INTERVAL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Catalog:
     def __init__(self, inference: Inference) -> None:
         self._inference = inference
         self._pipelines: list[Pipeline] = []
-        self._looked_at = float("-inf")
+        self._began_at = self._looked_at = float("-inf")
         self._listing: asyncio.Task[None] | None = None
 
     @property
@@ -58,7 +58,7 @@ class Catalog:
             # It may have begun before what the caller has just changed.
             await asyncio.wait([under_way])
         if self._listing is under_way:
-            self._listing = asyncio.create_task(self._list())
+            self._listing = self._begin_listing()
         return await self._latest()
 
     async def _latest(self) -> list[Pipeline]:
@@ -67,7 +67,14 @@ class Catalog:
         await asyncio.shield(self._listing)
         return self.pipelines
 
+    def _begin_listing(self) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._list())
+        # Whoever waits is told of a failure; it is no news to the log where all have left.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
+
     async def _list(self) -> None:
+        self._began_at = time.monotonic()
         try:
             self._pipelines = await self._inference.pipelines()
         finally:
@@ -99,16 +106,21 @@ class Catalog:
         return found
 
     async def _look_again(self) -> None:
-        """For somebody who misses a model; not more often than once in a while, whoever asks."""
-        is_under_way = self._listing is not None and not self._listing.done()
-        if not is_under_way and time.monotonic() - self._looked_at > _REFRESH_INTERVAL_S:
-            self._listing = asyncio.create_task(self._list())
-        if self._listing is None:
-            return
-        context = current()
+        """For somebody who misses a model: waits for a look that began after that, as the model may have been
+        added a moment ago.
+        """
+        asked, context = time.monotonic(), current()
         try:
             # The loop's clock is time.monotonic().
             async with asyncio.timeout_at(None if context is None else context.deadline):
+                while self._began_at < asked:
+                    pause = self._looked_at + _REFRESH_INTERVAL_S - time.monotonic()
+                    if self._listing is not None and not self._listing.done():
+                        await asyncio.wait([self._listing])
+                    elif pause > 0:
+                        await asyncio.sleep(pause)
+                    else:
+                        self._listing = self._begin_listing()
                 await self._latest()
         except TimeoutError:
             assert context is not None

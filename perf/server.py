@@ -43,7 +43,7 @@ def minilm(stack: contextlib.ExitStack) -> Path:
 
 
 @contextlib.contextmanager
-def ours(given: argparse.Namespace, *checkpoint: str | Path) -> Iterator[Serving]:
+def ours(given: argparse.Namespace, *checkpoint: str | Path, **environment: str) -> Iterator[Serving]:
     """This project's server with the given checkpoints, or with the default model."""
     if os.nice(0) > 0:
         # A process that gets no processor for a second while it is handed a request is dead to the server
@@ -53,7 +53,7 @@ def ours(given: argparse.Namespace, *checkpoint: str | Path) -> Iterator[Serving
     with contextlib.ExitStack() as stack:
         output = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "output"
         models = checkpoint or (minilm(stack),)
-        yield stack.enter_context(serve(output, *models, *options, command=(given.serve,)))
+        yield stack.enter_context(serve(output, *models, *options, command=(given.serve,), **environment))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 import time
 
 import pytest
@@ -85,14 +86,23 @@ async def test_of_many_who_miss_a_model_one_looks():
     assert inference.looks == 1
 
 
-async def test_a_look_that_failed_counts_as_well():
+async def test_looks_are_not_many_where_they_fail_either():
     inference = _Slow()
     inference.may_answer.set()
     inference.fault = Unavailable("the server is gone")
-    catalog = Catalog(inference)
+    catalog, begun = Catalog(inference), time.monotonic()
     for _ in range(3):
         await ask(catalog, 20, Unavailable)
-    assert inference.looks == 1
+    assert inference.looks == 3
+    assert time.monotonic() - begun > 0.5, "a quarter of a second between them"
+
+
+async def test_a_model_that_was_added_a_moment_ago_is_found():
+    inference = FakeInference([HUB])
+    catalog = Catalog(inference)
+    await catalog.refresh()
+    inference.known = [HUB, GME]
+    assert await catalog.find("gme-2b") == GME
 
 
 async def test_who_refreshes_gets_a_look_that_began_after_that():
@@ -115,3 +125,21 @@ async def test_nobody_waits_for_a_look_beyond_the_deadline():
     enter(RequestContext("id", deadline=time.monotonic() + 0.05, time_limit="0.05 s, its timeout"))
     with pytest.raises(TimedOut, match=r"within 0\.05 s, its timeout; give it more time"):
         await Catalog(_Slow()).find("nobody")
+
+
+async def test_a_look_that_fails_after_all_have_left_is_not_logged_as_a_fault_of_ours():
+    inference = _Slow()
+    inference.fault = Unavailable("the server is gone")
+    catalog, faults = Catalog(inference), []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: faults.append(context["message"]))
+    waiting = asyncio.create_task(catalog.refresh())
+    while not inference.looks:
+        await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    inference.may_answer.set()
+    await asyncio.wait([catalog._listing])
+    # The error knows its frames, and these know the catalog.
+    del catalog, waiting, inference
+    gc.collect()
+    assert faults == []
