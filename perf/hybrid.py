@@ -5,7 +5,7 @@
 
 Starts the server with the shapes of BGE-M3 and random weights; small-m3 has 6 layers of 384. Of clients of 16
 texts a request. Rounds take turns, so that a noisy machine is noisy to all of them. On two cores BGE-M3 takes
-half an hour a round; --clients 1 --rounds 1 takes eight minutes. Rows go to perf/results/hybrid.csv.
+eight minutes with --clients 1 --rounds 1, half of them to warm up. Rows go to perf/results/hybrid.csv.
 """
 
 import time

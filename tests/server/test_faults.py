@@ -84,7 +84,8 @@ def stub(serving, entry):
 
 
 def server_deaths(serving):
-    return serving.output.read_text().count("tritonserver was killed by SIGABRT")
+    """Of a lock of its own (2.51) that was held by a process that ended; serve starts it again."""
+    return serving.server_log().count("what():  boost::interprocess::lock_exception")
 
 
 async def ready(client, serving, model):
@@ -118,8 +119,6 @@ async def test_a_stage_dies_under_load(faulty, entry, how):
         count = len(load.answers)
         await until(lambda: len(load.answers) > count + 64, "answers after the repair")
     refused = [what for _, what in load.failures]
-    # Of a process that ends while it holds one of the server's own locks, the server (2.51) ends, too:
-    # boost::interprocess::lock_exception. serve starts it again.
     has_server_died = server_deaths(faulty) > deaths
     told = f"{entry} {how.name}" + (", of which the server died" if has_server_died else "")
     tell(
@@ -161,16 +160,17 @@ async def test_every_other_stage_is_replaced_without_being_asked(faulty, entry, 
 
 def test_two_gateways_replace_a_stage_once(faulty):
     def loads():
-        return faulty.server_log().count("loading: m3.tokenizer:1")
+        return faulty.server_log().count("loading: m3.dense:1")
 
     with gateway(faulty.grpc) as url:
         before = loads()
-        pid = stub(faulty, "m3.tokenizer")
+        pid = stub(faulty, "m3.dense")
         os.kill(pid, signal.SIGSTOP)
-        wait_until(lambda: loads() > before, "one of them to load it anew", NOTICE_S)
+        # It takes long enough to load: by then the second has met the loss, too.
+        wait_until(lambda: not is_ready(url) and not is_ready(faulty.url), "both to notice", NOTICE_S)
         wait_until(lambda: is_ready(url) and is_ready(faulty.url), "both to be ready again", RECOVERY_S)
         assert loads() == before + 1
-        assert stub(faulty, "m3.tokenizer") != pid
+        assert stub(faulty, "m3.dense") != pid
 
 
 def is_ready(url):
