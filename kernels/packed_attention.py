@@ -17,7 +17,7 @@ exclusive bound there in every family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -34,6 +34,9 @@ _LEAST_BLOCK = 128
 _PREFIX_BLOCK = 512
 # Keys of sequences behind one prefix that are put together at once, prefixes counted for each.
 _MAX_KEYS = 65536
+
+Run = tuple[int, int, int, int, Ranges]
+"""First token, number of sequences, length, key length, prefix of neighbours that are alike."""
 
 
 def packed_attention(
@@ -91,47 +94,84 @@ def packed_attention(
             )[None], None
     if plans is not None:
         raise RuntimeError(f"no kernel takes the attention of {type(module).__name__}, so it takes no plan")
-    output = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-    for start, count, length, key_length, prefix in _runs(sequence_lengths, key_lengths, prefixes):
-        stop = start + count * length
-        # [H, count * length, D] -> [count, H, length, D], all views
-        q, k, v = (
-            x[0, :, start:stop].view(-1, count, length, x.shape[-1]).transpose(0, 1)
-            for x in (query, key, value)
-        )
-        k, v = k[:, :, :key_length], v[:, :, :key_length]
-        if prefix:
-            k, v = _behind(key, k, prefix), _behind(value, v, prefix)
-        offset = k.shape[2] - key_length
-        out = output[start:stop].view(count, length, *output.shape[1:])
-        for first, last, keys, mask in _blocks(
-            length, key_length, causal, sliding_window, query.device, offset
-        ):
-            block = (q[:, :, first:last], k[:, :, keys], v[:, :, keys])
-            plain_causal = causal and mask is None
-            if softcap is None:
-                part = F.scaled_dot_product_attention(
-                    *block,
-                    attn_mask=mask,
-                    is_causal=plain_causal,
-                    scale=scaling,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )
-            else:
-                part = _softcap_attention(*block, mask, plain_causal, scaling, softcap)
-            out[:, first:last] = part.transpose(1, 2)
-    output[sum(sequence_lengths) :] = 0
-    return output[None], None
+    runs = list(_runs(sequence_lengths, key_lengths, prefixes))
+    return _attend(query, key, value, runs, causal, scaling, sliding_window, softcap), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    runs: Sequence[Run],
+    causal: bool,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """query [1, Hq, t, D], key and value [1, Hkv, t, D] -> [1, t, Hq, D]."""
+    sizes = [count * length for _, count, length, _, _ in runs]
+    n_behind = query.shape[2] - sum(sizes)
+    # [1, H, t, D] along t, views; a short row that is cut by nothing is computed in half the time.
+    cuts: Iterable[Sequence[torch.Tensor]] = ((query,), (key,), (value,))
+    if len(sizes) > 1 or n_behind:
+        cuts = [x.split([*sizes, n_behind], dim=2) for x in (query, key, value)]
+    parts: list[torch.Tensor] = []
+    for (_, count, length, key_length, prefix), *qkv in zip(runs, *cuts, strict=False):
+        # [1, H, count * length, D] -> [count, H, length, D], all views
+        q, k, v = qkv if count == 1 else (x.view(-1, count, length, x.shape[-1]).transpose(0, 1) for x in qkv)
+        is_whole = key_length == length and not prefix and softcap is None
+        if is_whole and (window is None or window >= length):
+            gqa = q.shape[1] != k.shape[1]
+            part = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, enable_gqa=gqa)
+            part = part.transpose(1, 2)
+        else:
+            k, v = k[:, :, :key_length], v[:, :, :key_length]
+            if prefix:
+                k, v = _behind(key, k, prefix), _behind(value, v, prefix)
+            part = _attend_in_blocks(q, k, v, key_length, causal, scaling, window, softcap)
+        parts.append(part.reshape(1, count * length, *part.shape[2:]))
+    if n_behind or not parts:
+        parts.append(query.new_zeros(1, n_behind, query.shape[1], query.shape[3]))
+    # Put together at once: to write each to its place takes twice the operations.
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _attend_in_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_length: int,
+    causal: bool,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """q [n, Hq, length, D], k and v [n, Hkv, offset + key_length, D] -> [n, length, Hq, D]."""
+    offset = k.shape[2] - key_length
+    parts = []
+    for first, last, keys, mask in _blocks(q.shape[2], key_length, causal, window, q.device, offset):
+        block = (q[:, :, first:last], k[:, :, keys], v[:, :, keys])
+        plain_causal = causal and mask is None
+        if softcap is None:
+            part = F.scaled_dot_product_attention(
+                *block,
+                attn_mask=mask,
+                is_causal=plain_causal,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        else:
+            part = _softcap_attention(*block, mask, plain_causal, scaling, softcap)
+        parts.append(part.transpose(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _runs(
     lengths: Sequence[int],
     key_lengths: Sequence[int] | None = None,
     prefixes: Sequence[Ranges] | None = None,
-) -> Iterator[tuple[int, int, int, int, Ranges]]:
-    """(first token, number of sequences, length, key length, prefix) of every run of neighbours that are
-    alike; empty ones left out.
-    """
+) -> Iterator[Run]:
+    """Every run of neighbours that are alike; empty ones left out."""
     start = 0
     kinds = zip(lengths, key_lengths or lengths, prefixes or [()] * len(lengths), strict=True)
     for (length, key_length, prefix), run in groupby(kinds):

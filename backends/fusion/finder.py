@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from backends.device import has_kernels
+from backends.fusion import layer
 from backends.fusion.on_cpu import PackedParts
 from backends.fusion.parts import Joint, Part, StandIns, are_alike
 from kernels.int8_linear import can_quantize
@@ -56,6 +57,7 @@ class _Pass:
                 self._join(parent, names)
         self._replace(lambda child: None if dict(child.named_children()) else self.stand_ins.leaf(child))
         self.count += sum(map(self.stand_ins.adapt, self.model.modules()))
+        self._replace(layer.stand_in)
         return self.count
 
     def _replace(self, stand_in: Any) -> None:

@@ -12,11 +12,13 @@ from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError, OptionError
 from backends.families import FAMILIES, family_of
 from backends.fusion import on_cpu
+from backends.fusion.layer import PostNormLayer, stand_in
 from backends.fusion.parts import Joint, Part
 from backends.options import ServingOptions
 from backends.ragged import Ragged
 from backends.self_check import choose_forward
 from kernels.int8_linear import Int8Linear
+from kernels.packed_attention import NAME
 from kernels.packed_linear import PackedLinear
 from tests.support import checkpoints, families
 from tests.support.pipeline import load_forward
@@ -43,6 +45,42 @@ def test_finds_layers_by_how_they_are_put_together(name, parts, gated, residual,
     assert len(kinds(model, Part)) == parts
     assert len(kinds(model, on_cpu.Gated)) == gated
     assert len(kinds(model, on_cpu.Residual)) == residual
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_one_module_stands_in_for_each_layer_of_a_bert(name, tmp_path):
+    model = load_forward(Checkpoint.read(families.FAMILIES[name](tmp_path / name))).model
+    expected = 3 if name in ("bert", "electra", "roberta", "xlm_roberta") else 0
+    assert len(kinds(model, PostNormLayer)) == expected
+
+
+@pytest.mark.parametrize(
+    "change", ["nothing", "another part", "foreign code", "another attention", "no joint"]
+)
+def test_a_layer_of_other_parts_stays_as_it_is(change, tmp_path):
+    checkpoint = Checkpoint.read(checkpoints.bert(tmp_path / "m"))
+    model = family_of(checkpoint).load(
+        checkpoint, None if change == "another attention" else NAME, torch.float32, torch.device("cpu")
+    )
+    layer = model.encoder.layer[0]
+    attention = layer.attention.self
+    if change != "no joint":
+        names = ("query", "key", "value")
+        joint = Joint(PackedLinear([getattr(attention, n) for n in names], keeps_plain=False), [32] * 3)
+        for index, name in enumerate(names):
+            setattr(attention, name, Part(joint, index))
+    if change == "another part":
+        layer.crossattention = torch.nn.Identity()
+    elif change == "foreign code":
+        layer.__class__ = type("BertLayer", (type(layer),), {"__module__": "transformers_modules.x"})
+    found = stand_in(layer)
+    assert (found is not None) == (change == "nothing")
+    if found is not None:
+        x = torch.randn(1, 7, 32)
+        with torch.inference_mode():
+            expected = layer(x, None, sequence_lengths=[4, 3])
+            torch.testing.assert_close(found(x, None, sequence_lengths=[4, 3]), expected)
+            assert (found(x, None, sequence_lengths=[3, 4]) - expected).abs().max() > 1e-4
 
 
 def test_parts_of_one_product_belong_to_their_own_input():

@@ -25,7 +25,7 @@ from tests.support import checkpoints, families
 pytest.importorskip("triton")
 
 _PADDED = ("deberta", "mpnet")
-_BERT = {"Part": 9, "Residual": 6, "Activated": 3, "LayerNorm": 1}
+_BERT = {"Part": 9, "Residual": 6, "Activated": 3, "LayerNorm": 1, "PostNormLayer": 3}
 _LLAMA = {"Part": 9, "Gated": 3, "RMSNorm": 7, "rotary": 3}
 _GTE = {"Part": 9, "Gated": 3, "LayerNorm": 7, "rotary": 3}
 # Of the tiny models, which have three layers, what stands in by what it is for.
