@@ -1,0 +1,132 @@
+"""Keeps on disk what transformers finds out about its own files whenever it is imported.
+
+To learn which names its files define it reads all of them, about 1 500, and once more when the first model is
+imported: 1.2 s of the 5 s that an encoder's process takes for its imports (2 cores). Only another version
+says otherwise, so the answer is written to the user's cache folder: one file of JSON for each version and
+place.
+
+*Source:* transformers 5.23, utils/import_utils.py, `create_import_structure_from_path`. If a version has no
+such function, or the folder cannot be written to, all goes on as without this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_MODULE = "transformers.utils.import_utils"
+_FUNCTION = "create_import_structure_from_path"
+
+logger = logging.getLogger(__name__)
+
+Structure = dict[Any, Any]
+"""Folders, files and the packages that they need (str or frozenset of str), nested -> names (set of str)."""
+Read = Callable[[Any], Structure]
+
+
+def install() -> None:
+    """From now on a first import of transformers uses the cache."""
+    if _MODULE not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Finds the one module as Python does, and has its function replaced as soon as it is there."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _MODULE:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_replace(module: ModuleType) -> None:
+            execute(module)
+            read = getattr(module, _FUNCTION, None)
+            if read is not None:
+                setattr(module, _FUNCTION, _kept(read, importlib.metadata.version("transformers")))
+
+        spec.loader.exec_module = execute_and_replace  # type: ignore[method-assign]
+        return spec
+
+
+def _kept(read: Read, version: str) -> Read:
+    """The same function, which reads the folder of all models from the cache."""
+
+    @cache
+    def all_models(folder: Path) -> Structure:
+        place = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+        try:
+            file = _cache_folder() / f"transformers-{version}-{place}.json"
+        except RuntimeError:  # nobody's home
+            return read(folder)
+        try:
+            return _decoded(json.loads(file.read_bytes()))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            logger.warning("%s cannot be used (%s); it is made anew", file, error)
+        structure = read(folder)
+        try:
+            _write(file, json.dumps(_encoded(structure)))
+        except OSError as error:
+            logger.info("transformers is imported more slowly than it could be: %s", error)
+        return structure
+
+    def read_or_remember(path: Any) -> Structure:
+        given = Path(path)
+        folder = given.parent if given.is_file() else given
+        # A version under development changes without another number.
+        is_all = folder.name == "models" and folder.parent.name == "transformers" and "dev" not in version
+        return all_models(folder) if is_all else read(path)
+
+    return read_or_remember
+
+
+def _cache_folder() -> Path:
+    """Raises RuntimeError where the user has no home."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path.home() / ".cache") / "triton-embeddings"
+
+
+def _write(file: Path, text: str) -> None:
+    """At once: several processes may write it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as stream:
+        stream.write(text)
+    Path(stream.name).replace(file)
+
+
+def _encoded(structure: Structure) -> list[Any]:
+    return [
+        [
+            key if isinstance(key, str) else sorted(key),
+            _encoded(value) if isinstance(value, dict) else {"names": sorted(value)},
+        ]
+        for key, value in structure.items()
+    ]
+
+
+def _decoded(rows: list[Any]) -> Structure:
+    return {
+        key if isinstance(key, str) else frozenset(key): (
+            set(value["names"]) if isinstance(value, dict) else _decoded(value)
+        )
+        for key, value in rows
+    }
