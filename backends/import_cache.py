@@ -2,7 +2,7 @@
 
 To learn which names its files define it reads all of them, about 1 500, and once more when the first model is
 imported: 1.2 s of the 5 s that an encoder's process takes for its imports (2 cores). Only another version
-says otherwise, so the answer is written to the user's cache folder: one file of JSON for each version and
+says otherwise, so the answer is written to ~/.cache/triton-embeddings: one file of JSON for each version and
 place.
 
 *Source:* transformers 5.23, utils/import_utils.py, `create_import_structure_from_path`. If a version has no
@@ -16,7 +16,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -101,8 +100,7 @@ def _kept(read: Read, version: str) -> Read:
 
 def _cache_folder() -> Path:
     """Raises RuntimeError where the user has no home."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path.home() / ".cache") / "triton-embeddings"
+    return Path.home() / ".cache" / "triton-embeddings"
 
 
 def _write(file: Path, text: str) -> None:

@@ -17,7 +17,7 @@ WIRE_DTYPES = {"auto": "FP32", "float32": "FP32", "bfloat16": "BF16", "float16":
 depends on the machine, but an entry must mean the same on every machine, so it travels in the widest one."""
 
 IMAGE_POSITIONS = ("mrope", "plain")
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("none", "float16", "int8")
 RERANK_PROMPTS = ("none", "qwen3", "bge-gemma", "mxbai", "chat-template")
 _COUNTS = (
     "max_batch_tokens",
@@ -41,7 +41,9 @@ class ServingOptions:
     auto: bfloat16 where the processor or GPU has it in hardware, else float32.
     """
     quantization: str = "none"
-    """Of the encoder's products: none, or int8 on a CPU, which is less exact."""
+    """Of the encoder's products on a CPU: none, float16 for their weights, or int8 for all, which is less
+    exact.
+    """
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: a GPU where there is one."""
     max_batch_tokens: int = 16384
@@ -94,9 +96,10 @@ class ServingOptions:
             raise OptionError(
                 f"quantization is {self.quantization!r}; it takes one of {', '.join(QUANTIZATIONS)}"
             )
-        if self.quantization == "int8" and self.dtype not in ("auto", "float32"):
+        if self.quantization != "none" and self.dtype not in ("auto", "float32"):
             raise OptionError(
-                f"quantization int8 computes the rest in float32, but dtype is {self.dtype!r}; leave one out"
+                f"quantization {self.quantization} computes the rest in float32, but dtype is "
+                f"{self.dtype!r}; leave one out"
             )
         if not _DEVICE.fullmatch(self.device):
             raise OptionError(f"device is {self.device!r}; it takes auto, cpu, cuda or cuda:N")

@@ -34,10 +34,8 @@ _CHECK_LENGTHS = (5, 11)
 # Largest relative error (norm of the difference over the norm) that rounding explains; a sequence that sees
 # its neighbours is off by 0.1 and more.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-
-
-# Of a model in 8-bit integers against itself in float32: a wrong layer is off by 0.5 and more.
-_INT8_TOLERANCE = 0.3
+# Of a quantized model against itself in float32: a wrong layer is off by 0.5 and more.
+_QUANTIZED_TOLERANCE = {"int8": 0.3, "float16": 1e-2}
 
 
 Loader = Callable[[str | None], torch.nn.Module]
@@ -51,19 +49,19 @@ def choose_forward(
     name: str,
     *,
     shares_prefixes: bool = False,
-    in_int8: bool = False,
+    quantization: str = "none",
 ) -> Forward:
     """The packed way if the model passes the self-check, else the padded way, with a logged warning.
 
     `shares_prefixes` is for causal models: what sequences begin with is computed once, if that is proved to
-    change nothing; `in_int8` multiplies in 8-bit integers. Raises CheckpointError when the model fails both
-    ways, or cannot be multiplied so. `name` stands in the messages.
+    change nothing; `quantization` is one of `backends.options.QUANTIZATIONS`. Raises CheckpointError when the
+    model fails both ways, or cannot be quantized so. `name` stands in the messages.
     """
     register_attention()
     packed = PackedForward(_load(load, packed_attention.NAME, name), family, config)
     fault = _packed_fault(packed)
     if fault is None:
-        _speed_up(packed, name, lambda: _load(load, packed_attention.NAME, name), in_int8=in_int8)
+        _speed_up(packed, name, lambda: _load(load, packed_attention.NAME, name), quantization)
         if shares_prefixes:
             error = _check_sharing(packed)
             packed.shares_prefixes = error <= tolerance(packed.model)
@@ -84,7 +82,7 @@ def choose_forward(
             f"{name} gives other numbers in a batch than alone, packed ({fault}) and padded (relative error "
             f"{error:.2g}): it cannot be served right"
         )
-    _speed_up(padded, name, lambda: _load(load, None, name), in_int8=in_int8)
+    _speed_up(padded, name, lambda: _load(load, None, name), quantization)
     return padded
 
 
@@ -92,20 +90,25 @@ def _speed_up(
     forward: PackedForward | PaddedForward,
     name: str,
     reload: Callable[[], torch.nn.Module],
-    *,
-    in_int8: bool,
+    quantization: str,
 ) -> None:
-    """Fuses the model, if that changes no number beyond rounding. Raises CheckpointError where 8-bit integers
-    cannot be had.
+    """Fuses the model, if that changes no number beyond rounding. Raises CheckpointError where it cannot be
+    quantized so.
     """
     lengths = np.array(_CHECK_LENGTHS)
     batch = Ragged(_check_ids(forward, int(lengths.sum())), lengths)
     with torch.inference_mode():
         before = forward(batch).float()
-        if not fuse(forward.model, in_int8=in_int8):
-            if in_int8:
+        try:
+            is_fused = bool(fuse(forward.model, quantization))
+        except ValueError as reason:
+            raise CheckpointError(
+                f"{name} cannot be quantized to {quantization}: {reason}; leave --quantization out"
+            ) from reason
+        if not is_fused:
+            if quantization != "none":
                 raise CheckpointError(
-                    f"{name} cannot be multiplied in 8-bit integers: that takes a CPU and weights in float32 "
+                    f"{name} cannot be quantized to {quantization}: that takes a CPU and weights in float32 "
                     "(--device cpu --dtype float32); leave --quantization out"
                 )
             return
@@ -114,13 +117,13 @@ def _speed_up(
         except Exception as problem:  # the compiler of kernels has errors of its own
             error = float("inf")
             logger.warning("%s: %s", name, problem)
-    if error <= (_INT8_TOLERANCE if in_int8 else tolerance(forward.model)):
+    if error <= _QUANTIZED_TOLERANCE.get(quantization, tolerance(forward.model)):
         if isinstance(forward, PackedForward):
             forward.fills_long_rows = compiles_long_rows(forward.model)
         return
-    if in_int8:
+    if quantization != "none":
         raise CheckpointError(
-            f"{name} gives other numbers in 8-bit integers (relative error {error:.2g}); leave "
+            f"{name} gives other numbers quantized to {quantization} (relative error {error:.2g}); leave "
             "--quantization out"
         )
     logger.warning(

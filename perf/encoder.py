@@ -50,7 +50,9 @@ def main() -> None:
     parser = load.arguments(__doc__)
     parser.add_argument("--dtype", action="append", help="of this project; may be given again. Default: auto")
     parser.add_argument(
-        "--quantization", action="append", help="of this project, besides the dtypes. Default: int8"
+        "--quantization",
+        action="append",
+        help="of this project, besides the dtypes. Default: float16 and int8",
     )
     parser.add_argument("--texts", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16, help="texts of one padded batch")
@@ -67,8 +69,8 @@ def main() -> None:
         cases[f"onnxruntime {kind}"] = lambda embed=embed: embed(batches)  # type: ignore[misc]
     for dtype in given.dtype or ["auto"]:
         cases[f"triton-embeddings {dtype}"] = own(ids, dtype=dtype)
-    for quantization in given.quantization or ["int8"]:
-        cases[f"triton-embeddings {quantization}"] = own(ids, quantization=quantization)
+    for quantization in given.quantization or ["float16", "int8"]:
+        cases[f"triton-embeddings quantized to {quantization}"] = own(ids, quantization=quantization)
     measure(cases, sum(map(len, ids)), given.rounds)
 
 

@@ -136,7 +136,8 @@ def build(path: Path, device: torch.device = CPU, *, is_padded: bool = False, **
     """
     given = ServingOptions(**{name: value for name, value in options.items() if value is not None})
     checkpoint = Checkpoint.read(path)
-    dtype = compute_dtype(given.dtype, device)
+    is_quantized = given.quantization != "none"
+    dtype = torch.float32 if is_quantized else compute_dtype(given.dtype, device)
     family = family_of(checkpoint)
     config = dict(checkpoint.config)
     causality = family.causality(config, None, None)
@@ -148,7 +149,7 @@ def build(path: Path, device: torch.device = CPU, *, is_padded: bool = False, **
     if is_padded:
         forward: Forward = PaddedForward(load("sdpa"), family, config)
     else:
-        forward = choose_forward(load, family, config, path.name)
+        forward = choose_forward(load, family, config, path.name, quantization=given.quantization)
     return Encoder(forward, HEADS["dense"].load(checkpoint, CPU, torch.float32), most)
 
 

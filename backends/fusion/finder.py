@@ -11,6 +11,7 @@ from backends.device import has_kernels
 from backends.fusion import layer
 from backends.fusion.on_cpu import PackedParts
 from backends.fusion.parts import Joint, Part, StandIns, are_alike
+from kernels.half_linear import can_halve
 from kernels.int8_linear import can_quantize
 from kernels.packed_linear import can_pack
 
@@ -24,18 +25,22 @@ _SIBLINGS = (
 )
 
 
-def fuse(model: torch.nn.Module, *, in_int8: bool = False) -> int:
-    """Replaces modules of a model, in place. How many; 0 leaves it as it was."""
-    stand_ins = _stand_ins(model, in_int8=in_int8)
+def fuse(model: torch.nn.Module, quantization: str = "none") -> int:
+    """Replaces modules of a model, in place. How many; 0 leaves it as it was.
+
+    Raises ValueError for weights that cannot be kept as `quantization` says.
+    """
+    stand_ins = _stand_ins(model, quantization)
     return 0 if stand_ins is None else _Pass(model, stand_ins).run()
 
 
-def _stand_ins(model: torch.nn.Module, *, in_int8: bool) -> StandIns | None:
+def _stand_ins(model: torch.nn.Module, quantization: str) -> StandIns | None:
     """What the model's device and number format have; None for a model that stays as it is."""
     parameters = list(model.parameters())
     formats = {p.dtype: p for p in parameters}.values()
-    if in_int8:
-        return PackedParts(model, in_int8=True) if all(map(can_quantize, formats)) else None
+    if quantization != "none":
+        can = {"int8": can_quantize, "float16": can_halve}[quantization]
+        return PackedParts(model, quantization) if all(map(can, formats)) else None
     if has_kernels(parameters[0].device):
         # Triton is not imported where there is no use for it.
         from backends.fusion.on_gpu import KernelParts

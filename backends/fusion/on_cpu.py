@@ -4,16 +4,22 @@ is computed with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from kernels.blockwise_gelu import BlockwiseGelu
+from kernels.half_linear import HalfLinear
 from kernels.int8_linear import Int8Linear
 from kernels.packed_linear import PackedLinear, has_fast_gelu
 
-Product = PackedLinear | Int8Linear
+Product = PackedLinear | Int8Linear | HalfLinear
+_QUANTIZED: dict[str, Callable[[list[torch.nn.Linear]], Product]] = {
+    "int8": Int8Linear,
+    "float16": HalfLinear,
+}
 
 # Classes of torch and of transformers.
 _GELUS = ("GELU", "GELUActivation")
@@ -61,21 +67,18 @@ class Gated(torch.nn.Module):
 class PackedParts:
     """Implements StandIns."""
 
-    def __init__(self, model: torch.nn.Module, *, in_int8: bool = False) -> None:
-        self.in_int8 = in_int8
+    def __init__(self, model: torch.nn.Module, quantization: str = "none") -> None:
         linears = [m for m in model.modules() if type(m) is torch.nn.Linear]
         self.keeps_plain = sum(m.weight.nbytes for m in linears) <= _MOST_KEPT_BYTES
+        plain = partial(PackedLinear, keeps_plain=self.keeps_plain)
+        self.make: Callable[[list[torch.nn.Linear]], Product] = _QUANTIZED.get(quantization, plain)
         self.packed: dict[torch.nn.Linear, Product] = {}
 
     def product(self, layers: Sequence[torch.nn.Linear]) -> Product:
         first = layers[0]
         if len(layers) == 1 and first in self.packed:
             return self.packed[first]
-        packed: Product
-        if self.in_int8:
-            packed = Int8Linear(list(layers))
-        else:
-            packed = PackedLinear(list(layers), keeps_plain=self.keeps_plain)
+        packed = self.make(list(layers))
         if len(layers) == 1:
             self.packed[first] = packed
         return packed
@@ -107,7 +110,10 @@ class PackedParts:
 def compiles_long_rows(model: torch.nn.Module) -> bool:
     """Whether oneDNN multiplies rows of any length for it, and compiles each length."""
     products = [module for module in model.modules() if isinstance(module, Product)]
-    return any(isinstance(one, Int8Linear) or one.plain is None for one in products)
+    return any(
+        isinstance(one, Int8Linear) or (isinstance(one, PackedLinear) and one.plain is None)
+        for one in products
+    )
 
 
 def _is_gelu(activation: torch.nn.Module) -> bool:

@@ -105,8 +105,8 @@ class EncoderStage(ContinuousStage[_Work]):
         # Set before the first operation: the thread pool keeps the size that it was born with.
         torch.set_num_threads(self.threads)
         self.device = place(context.device)
-        in_int8 = options.quantization == "int8"
-        dtype = torch.float32 if in_int8 else compute_dtype(options.dtype, self.device)
+        is_quantized = options.quantization != "none"
+        dtype = torch.float32 if is_quantized else compute_dtype(options.dtype, self.device)
         family = family_of(context.checkpoint, options.model_type)
         tells_apart = family.tells_pairs_apart(context.checkpoint.config)
         extra = encoder_inputs(context.checkpoint, context.heads, tells_pairs_apart=tells_apart)
@@ -131,7 +131,7 @@ class EncoderStage(ContinuousStage[_Work]):
             dict(config),
             context.name,
             shares_prefixes=options.share_prefix and is_causal,
-            in_int8=in_int8,
+            quantization=options.quantization,
         )
         self.forward = plain
         if options.cuda_graphs and self.device.type == "cuda" and isinstance(plain, PackedForward):
@@ -165,7 +165,8 @@ class EncoderStage(ContinuousStage[_Work]):
             "%s on %s in %s, %s, %d threads",
             family.name,
             self.device,
-            "int8" if in_int8 else str(dtype).removeprefix("torch."),
+            str(dtype).removeprefix("torch.")
+            + (f", products in {options.quantization}" if is_quantized else ""),
             _way(self.forward),
             torch.get_num_threads(),
         )

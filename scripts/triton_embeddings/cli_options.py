@@ -16,7 +16,10 @@ Repository = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Quantization = Annotated[
     str | None,
-    typer.Option(help="none, or int8: the encoder's products in 8-bit integers, on a CPU without bfloat16."),
+    typer.Option(
+        help="On CPUs without bfloat16: float16 keeps the encoder's weights in half the memory, "
+        "int8 computes in 8-bit integers."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 MaxBatchTokens = Annotated[int | None, typer.Option(help="Tokens of one forward pass. Default: 16384.")]

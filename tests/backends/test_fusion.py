@@ -17,6 +17,7 @@ from backends.fusion.parts import Joint, Part
 from backends.options import ServingOptions
 from backends.ragged import Ragged
 from backends.self_check import choose_forward
+from kernels.half_linear import HalfLinear
 from kernels.int8_linear import Int8Linear
 from kernels.packed_attention import NAME
 from kernels.packed_linear import PackedLinear
@@ -117,7 +118,8 @@ def test_a_model_that_means_something_else_by_these_names_stays_as_it_is(tmp_pat
 def test_long_rows_are_filled_up_where_all_products_are_compiled(tmp_path, monkeypatch):
     checkpoint = Checkpoint.read(checkpoints.bert(tmp_path / "m"))
     assert not load_forward(checkpoint).fills_long_rows
-    assert in_int8(checkpoint).fills_long_rows
+    assert quantized(checkpoint).fills_long_rows
+    assert not quantized(checkpoint, "float16").fills_long_rows
     monkeypatch.setattr(on_cpu, "_MOST_KEPT_BYTES", 0)
     filled = load_forward(checkpoint)
     assert filled.fills_long_rows
@@ -130,20 +132,20 @@ def test_long_rows_are_filled_up_where_all_products_are_compiled(tmp_path, monke
         torch.testing.assert_close(got, filled(ids), atol=1e-5, rtol=1e-5)
 
 
-def in_int8(checkpoint, dtype=torch.float32):
+def quantized(checkpoint, quantization="int8", dtype=torch.float32):
     family = family_of(checkpoint)
     causality = family.causality(checkpoint.config)
 
     def load(attention):
         return family.load(checkpoint, attention, dtype, torch.device("cpu"), causality)
 
-    return choose_forward(load, family, dict(checkpoint.config), "tiny", in_int8=True)
+    return choose_forward(load, family, dict(checkpoint.config), "tiny", quantization=quantization)
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen3", "mpnet"])
 def test_int8_stays_near_float32(name, tmp_path):
     checkpoint = Checkpoint.read(families.FAMILIES[name](tmp_path / name))
-    forward = in_int8(checkpoint)
+    forward = quantized(checkpoint)
     assert kinds(forward.model, Int8Linear)
     assert not kinds(forward.model, PackedLinear)
     ids = Ragged.pack([torch.arange(5, 5 + n) for n in (9, 4)])
@@ -155,11 +157,48 @@ def test_int8_stays_near_float32(name, tmp_path):
     torch.testing.assert_close(got, alone, atol=2e-2, rtol=1e-2)
 
 
-def test_int8_is_refused_where_it_cannot_be_had(tmp_path):
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_weights_in_float16_change_the_fourth_digit_of_every_family(name, tmp_path):
+    checkpoint = Checkpoint.read(families.FAMILIES[name](tmp_path / name))
+    forward = quantized(checkpoint, "float16")
+    assert kinds(forward.model, HalfLinear)
+    assert not kinds(forward.model, PackedLinear) + kinds(forward.model, torch.nn.Linear)
+    ids = Ragged.pack([torch.arange(5, 5 + n) for n in (9, 4)])
+    with torch.inference_mode():
+        got, expected = forward(ids), load_forward(checkpoint)(ids)
+        alone = torch.cat([forward(Ragged.pack([one])) for one in ids.split()])
+    error = (got - expected).norm() / expected.norm()
+    assert 1e-6 < error < 2e-3, "not the same numbers, but nearly"
+    torch.testing.assert_close(got, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "float16"])
+def test_quantization_is_refused_where_it_cannot_be_had(quantization, tmp_path, monkeypatch):
     checkpoint = Checkpoint.read(checkpoints.bert(tmp_path / "m"))
     with pytest.raises(CheckpointError, match="takes a CPU and weights in float32"):
-        in_int8(checkpoint, torch.float16)
+        quantized(checkpoint, quantization, torch.float16)
     with pytest.raises(OptionError, match="dtype is 'bfloat16'; leave one out"):
-        ServingOptions(quantization="int8", dtype="bfloat16")
-    with pytest.raises(OptionError, match="quantization is 'int4'; it takes one of none, int8"):
+        ServingOptions(quantization=quantization, dtype="bfloat16")
+    with pytest.raises(OptionError, match="quantization is 'int4'; it takes one of none, float16, int8"):
         ServingOptions(quantization="int4")
+    wrong = {"int8": Int8Linear, "float16": HalfLinear}[quantization]
+    monkeypatch.setattr(
+        wrong,
+        "forward",
+        lambda self, x, residual=None, activation="none": x.new_ones(*x.shape[:-1], self.out_features),
+    )
+    with pytest.raises(CheckpointError, match=f"gives other numbers quantized to {quantization}"):
+        quantized(checkpoint, quantization)
+
+
+def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path):
+    checkpoint = Checkpoint.read(checkpoints.bert(tmp_path / "m"))
+    family = family_of(checkpoint)
+
+    def load(attention):
+        model = family.load(checkpoint, attention, torch.float32, torch.device("cpu"))
+        model.encoder.layer[1].output.dense.weight.data[0, 0] = 7e4
+        return model
+
+    with pytest.raises(CheckpointError, match="to float16: a weight is beyond 65504"):
+        choose_forward(load, family, dict(checkpoint.config), "tiny", quantization="float16")
