@@ -1,5 +1,1 @@
 """Everything that runs inside the server's Python backend, or that writes the model repository's entries."""
-
-from backends import import_cache
-
-import_cache.install()

@@ -1,9 +1,8 @@
 """Keeps on disk what transformers finds out about its own files whenever it is imported.
 
-To learn which names its files define it reads all of them, about 1 500, and once more when the first model is
+To learn which names its files define it reads all of them, about 1 700, and once more when the first model is
 imported: 1.2 s of the 5 s that an encoder's process takes for its imports (2 cores). Only another version
-says otherwise, so the answer is written to ~/.cache/triton-embeddings: one file of JSON for each version and
-place.
+says otherwise, so the answer is written to where libraries keep such things beside the Hub's own cache.
 
 *Source:* transformers 5.23, utils/import_utils.py, `create_import_structure_from_path`. If a version has no
 such function, or the folder cannot be written to, all goes on as without this.
@@ -11,9 +10,9 @@ such function, or the folder cannot be written to, all goes on as without this.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import sys
@@ -58,25 +57,24 @@ class _Finder(MetaPathFinder):
         def execute_and_replace(module: ModuleType) -> None:
             execute(module)
             read = getattr(module, _FUNCTION, None)
-            if read is not None:
-                setattr(module, _FUNCTION, _kept(read, importlib.metadata.version("transformers")))
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                version = importlib.metadata.version("transformers")
+                if read is not None:
+                    setattr(module, _FUNCTION, keep(read, version))
 
         spec.loader.exec_module = execute_and_replace  # type: ignore[method-assign]
         return spec
 
 
-def _kept(read: Read, version: str) -> Read:
-    """The same function, which reads the folder of all models from the cache."""
+def keep(read: Read, version: str) -> Read:
+    """The same function, which has what it says of the folder of all models from the cache."""
 
     @cache
     def all_models(folder: Path) -> Structure:
-        place = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+        file = _file(folder, version)
         try:
-            file = _cache_folder() / f"transformers-{version}-{place}.json"
-        except RuntimeError:  # nobody's home
-            return read(folder)
-        try:
-            return _decoded(json.loads(file.read_bytes()))
+            if structure := _decoded(json.loads(file.read_bytes())):
+                return structure
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -98,17 +96,29 @@ def _kept(read: Read, version: str) -> Read:
     return read_or_remember
 
 
-def _cache_folder() -> Path:
-    """Raises RuntimeError where the user has no home."""
-    return Path.home() / ".cache" / "triton-embeddings"
+def _file(folder: Path, version: str) -> Path:
+    # transformers has imported it by now.
+    from huggingface_hub import constants
+
+    # The folder's time tells of a model that somebody adds to it.
+    key = f"{folder} {folder.stat().st_mtime_ns}"
+    name = f"transformers-{version}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return Path(constants.HF_ASSETS_CACHE) / "triton-embeddings" / name
 
 
 def _write(file: Path, text: str) -> None:
     """At once: several processes may write it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as stream:
-        stream.write(text)
-    Path(stream.name).replace(file)
+    stream = tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False)  # noqa: SIM115 (it is renamed)
+    written = Path(stream.name)
+    try:
+        with stream:
+            stream.write(text)
+        written.chmod(0o644)
+        written.replace(file)
+    except OSError:
+        written.unlink(missing_ok=True)
+        raise
 
 
 def _encoded(structure: Structure) -> list[Any]:

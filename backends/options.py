@@ -98,7 +98,7 @@ class ServingOptions:
             )
         if self.quantization != "none" and self.dtype not in ("auto", "float32"):
             raise OptionError(
-                f"quantization {self.quantization} computes the rest in float32, but dtype is "
+                f"quantization {self.quantization} is for models in float32, but dtype is "
                 f"{self.dtype!r}; leave one out"
             )
         if not _DEVICE.fullmatch(self.device):

@@ -102,14 +102,17 @@ def _speed_up(
         try:
             is_fused = bool(fuse(forward.model, quantization))
         except ValueError as reason:
+            if quantization == "none":
+                raise
             raise CheckpointError(
                 f"{name} cannot be quantized to {quantization}: {reason}; leave --quantization out"
             ) from reason
         if not is_fused:
             if quantization != "none":
                 raise CheckpointError(
-                    f"{name} cannot be quantized to {quantization}: that takes a CPU and weights in float32 "
-                    "(--device cpu --dtype float32); leave --quantization out"
+                    f"{name} cannot be quantized to {quantization}: that takes a CPU for which torch has the "
+                    "products, and weights in float32 (--device cpu --dtype float32); leave "
+                    "--quantization out"
                 )
             return
         try:

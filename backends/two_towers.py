@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers.modeling_outputs import BaseModelOutput
 
 from backends.ragged import Lengths, Ragged
 from backends.vision import Grids, PixelTable
@@ -42,6 +41,9 @@ class TwoTowers(torch.nn.Module):
 
         Its own forward refuses a row that is longer than one text may be.
         """
+        # Imported by now, as the model was loaded; not before, for that takes seconds.
+        from transformers.modeling_outputs import BaseModelOutput
+
         text = self.model.text_model
         embedded = text.embeddings.token_embedding(input_ids) + text.embeddings.position_embedding(
             position_ids

@@ -25,6 +25,8 @@ def can_quantize(weight: torch.Tensor) -> bool:
 class Int8Linear(torch.nn.Module):
     """Linear layers over one input as one; their outputs lie side by side. Has the shape of PackedLinear."""
 
+    compiles_long_rows = True
+
     def __init__(self, layers: list[torch.nn.Linear]) -> None:
         super().__init__()
         weight = torch.cat([layer.weight.detach() for layer in layers])

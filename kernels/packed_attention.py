@@ -17,7 +17,7 @@ exclusive bound there in every family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -35,8 +35,8 @@ _PREFIX_BLOCK = 512
 # Keys of sequences behind one prefix that are put together at once, prefixes counted for each.
 _MAX_KEYS = 65536
 
-Run = tuple[int, int, int, int, Ranges]
-"""First token, number of sequences, length, key length, prefix of neighbours that are alike."""
+Run = tuple[int, int, int, Ranges]
+"""Number of sequences, length, key length, prefix of neighbours that are alike."""
 
 
 def packed_attention(
@@ -109,31 +109,39 @@ def _attend(
     softcap: float | None,
 ) -> torch.Tensor:
     """query [1, Hq, t, D], key and value [1, Hkv, t, D] -> [1, t, Hq, D]."""
-    sizes = [count * length for _, count, length, _, _ in runs]
+    sizes = [count * length for count, length, _, _ in runs]
     n_behind = query.shape[2] - sum(sizes)
-    # [1, H, t, D] along t, views; a short row that is cut by nothing is computed in half the time.
-    cuts: Iterable[Sequence[torch.Tensor]] = ((query,), (key,), (value,))
-    if len(sizes) > 1 or n_behind:
-        cuts = [x.split([*sizes, n_behind], dim=2) for x in (query, key, value)]
+    # [1, t, Hq, D] of each run: to put them together at once takes half the operations of writing each to its
+    # place, which with a few tokens are what takes the time.
     parts: list[torch.Tensor] = []
-    for (_, count, length, key_length, prefix), *qkv in zip(runs, *cuts, strict=False):
-        # [1, H, count * length, D] -> [count, H, length, D], all views
-        q, k, v = qkv if count == 1 else (x.view(-1, count, length, x.shape[-1]).transpose(0, 1) for x in qkv)
-        is_whole = key_length == length and not prefix and softcap is None
-        if is_whole and (window is None or window >= length):
-            gqa = q.shape[1] != k.shape[1]
-            part = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, enable_gqa=gqa)
-            part = part.transpose(1, 2)
-        else:
+    for (count, length, key_length, prefix), q, k, v in zip(
+        runs, *(_cut(x, sizes, n_behind) for x in (query, key, value)), strict=True
+    ):
+        if count > 1:
+            # [1, H, count * length, D] -> [count, H, length, D], views
+            q, k, v = (x.view(-1, count, length, x.shape[-1]).transpose(0, 1) for x in (q, k, v))
+        if key_length < length:
             k, v = k[:, :, :key_length], v[:, :, :key_length]
-            if prefix:
-                k, v = _behind(key, k, prefix), _behind(value, v, prefix)
+        if prefix:
+            k, v = _behind(key, k, prefix), _behind(value, v, prefix)
+        if softcap is None and not prefix and (window is None or window >= length):
+            part = F.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            ).transpose(1, 2)
+        else:
             part = _attend_in_blocks(q, k, v, key_length, causal, scaling, window, softcap)
         parts.append(part.reshape(1, count * length, *part.shape[2:]))
     if n_behind or not parts:
-        parts.append(query.new_zeros(1, n_behind, query.shape[1], query.shape[3]))
-    # Put together at once: to write each to its place takes twice the operations.
+        parts.append(query.new_zeros(1, n_behind, query.shape[1], value.shape[3]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _cut(x: torch.Tensor, sizes: Sequence[int], n_behind: int) -> Sequence[torch.Tensor]:
+    """[1, H, t, D] -> views along t; what lies behind them is left out."""
+    if len(sizes) == 1 and not n_behind:
+        return (x,)
+    cuts: Sequence[torch.Tensor] = x.split([*sizes, n_behind], dim=2)
+    return cuts[: len(sizes)]
 
 
 def _attend_in_blocks(
@@ -172,7 +180,6 @@ def _runs(
     prefixes: Sequence[Ranges] | None = None,
 ) -> Iterator[Run]:
     """Every run of neighbours that are alike; empty ones left out."""
-    start = 0
     kinds = zip(lengths, key_lengths or lengths, prefixes or [()] * len(lengths), strict=True)
     for (length, key_length, prefix), run in groupby(kinds):
         count = sum(1 for _ in run)
@@ -180,8 +187,7 @@ def _runs(
         ahead = sum(stop - first for first, stop in prefix)
         step = max(1, _MAX_KEYS // (ahead + length)) if ahead else count
         for done in range(0, count if length else 0, step):
-            yield start + done * length, min(step, count - done), length, key_length, prefix
-        start += count * length
+            yield min(step, count - done), length, key_length, prefix
 
 
 def _behind(row: torch.Tensor, own: torch.Tensor, prefix: Ranges) -> torch.Tensor:

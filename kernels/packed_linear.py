@@ -51,6 +51,8 @@ class PackedLinear(torch.nn.Module):
         self.bias = torch.cat([bias.data for bias in biases]) if biases else None
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _USUAL_TOKENS)
         self.plain = weight.detach() if keeps_plain and weight.dtype == torch.float32 else None
+        self.compiles_long_rows = self.plain is None
+        """Whether oneDNN multiplies many tokens, and compiles each number of them."""
         self.in_features, self.out_features = first.in_features, weight.shape[0]
 
     def forward(

@@ -13,6 +13,7 @@ share counts two operations for each weight outside the embeddings and each toke
 
 import argparse
 import importlib.util
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from typing import Any
 import load
 import model
 import numpy as np
+import safetensors
 import shape
 import torch
 from recording import append, in_turn, spread
@@ -50,13 +52,15 @@ def peak(device: torch.device, size: int) -> float:
     return 2 * size**3 / best
 
 
-def operations(network: torch.nn.Module, lengths: np.ndarray[Any, Any]) -> float:
+def operations(path: Path, config: Any, lengths: np.ndarray[Any, Any]) -> float:
     """Of a batch: two for each weight outside the embeddings and each token, and those of the attention."""
-    embeddings = sum(m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Embedding))
-    # BERT's pooler is not run.
-    everything = sum(p.numel() for name, p in network.named_parameters() if "pooler" not in name)
-    weights = everything - embeddings
-    config: Any = network.config
+    weights = 0
+    for file in path.glob("*.safetensors"):
+        with safetensors.safe_open(file, "np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                # BERT's pooler is not run.
+                if "embed" not in name and "pooler" not in name:
+                    weights += math.prod(tensors.get_slice(name).get_shape())
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = head * config.num_attention_heads
     # Scores and their product with the values; a causal model needs half of it.
@@ -104,7 +108,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(shape.SHAPES))
     parser.add_argument("--tokens", type=int, default=65536, help="of one batch")
     parser.add_argument("--pass-tokens", type=int, default=16384, help="of one pass")
-    parser.add_argument("--quantization", help="of this project's encoder")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; nothing is kept")
     given = parser.parse_args()
     if not given.dry_run and not torch.cuda.is_available():
@@ -125,9 +128,7 @@ def main() -> None:
 def measure(name: str, device: torch.device, best: float, given: argparse.Namespace) -> list[list[Any]]:
     path = shape.published(name)
     generator = np.random.default_rng(0)
-    options = {"max_batch_tokens": given.pass_tokens, "quantization": given.quantization}
-    if given.quantization is None:
-        del options["quantization"]
+    options = {"max_batch_tokens": given.pass_tokens}
     rows = []
     loads = {
         "512": np.full(given.tokens // 512, 512),
@@ -137,7 +138,7 @@ def measure(name: str, device: torch.device, best: float, given: argparse.Namesp
         run, network = own(path, device, lengths, options)
         other = peer(path, device, lengths, given.pass_tokens)
         runs = {"triton-embeddings": run, "sentence-transformers": other}
-        work, tokens = operations(network, lengths), int(lengths.sum())
+        work, tokens = operations(path, network.config, lengths), int(lengths.sum())
         timed = {what: _rate(run, tokens) for what, run in runs.items()}
         for what, rates in in_turn(timed, given.rounds).items():
             cells = spread(rates)

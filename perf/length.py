@@ -71,11 +71,12 @@ def measure(given: argparse.Namespace, cases: dict[str, np.ndarray[tuple[int], n
     extra = {"quantization": given.quantization} if given.quantization else {}
     packed = model.build(path, dtype=given.dtype, max_batch_tokens=8192, **extra)
     padded = model.build(path, is_padded=True, dtype=given.dtype, max_batch_tokens=8192)
+    way = f"packed, {given.quantization}" if given.quantization else "packed"
     rows = []
     for case, lengths in cases.items():
         batch = shape.batch_of(lengths)
         ways: dict[str, Callable[[], object]] = {
-            "packed": lambda batch=batch: packed.hidden(batch),  # type: ignore[misc]
+            way: lambda batch=batch: packed.hidden(batch),  # type: ignore[misc]
             "padded, sorted": lambda batch=batch: padded.hidden(batch),  # type: ignore[misc]
         }
         if len(set(lengths)) > 1:

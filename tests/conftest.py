@@ -13,11 +13,12 @@ from tests.support.figures import pytest_runtest_makereport, pytest_terminal_sum
 # The stages import the module that the server brings; this must be in place before any of them is imported.
 sys.modules.setdefault("triton_python_backend_utils", fake_pb_utils)
 
-# transformers copies a checkpoint's own code there, which is otherwise a folder of the person who runs the
-# tests.
-os.environ.setdefault(
-    "HF_MODULES_CACHE", str(Path(tempfile.gettempdir()) / "triton-embeddings-tests-modules")
-)
+# transformers copies a checkpoint's own code there, and stages keep what they know of transformers: otherwise
+# in folders of the person who runs the tests.
+for folder in ("MODULES", "ASSETS"):
+    os.environ.setdefault(
+        f"HF_{folder}_CACHE", str(Path(tempfile.gettempdir()) / f"triton-embeddings-tests-{folder.lower()}")
+    )
 
 ROOT = Path(__file__).resolve().parent.parent
 

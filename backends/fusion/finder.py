@@ -9,10 +9,8 @@ import torch
 
 from backends.device import has_kernels
 from backends.fusion import layer
-from backends.fusion.on_cpu import PackedParts
+from backends.fusion.on_cpu import QUANTIZED, PackedParts
 from backends.fusion.parts import Joint, Part, StandIns, are_alike
-from kernels.half_linear import can_halve
-from kernels.int8_linear import can_quantize
 from kernels.packed_linear import can_pack
 
 # Layers over the same input, in the order in which they are called.
@@ -39,7 +37,7 @@ def _stand_ins(model: torch.nn.Module, quantization: str) -> StandIns | None:
     parameters = list(model.parameters())
     formats = {p.dtype: p for p in parameters}.values()
     if quantization != "none":
-        can = {"int8": can_quantize, "float16": can_halve}[quantization]
+        can, _ = QUANTIZED[quantization]
         return PackedParts(model, quantization) if all(map(can, formats)) else None
     if has_kernels(parameters[0].device):
         # Triton is not imported where there is no use for it.

@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 
 from kernels.blockwise_gelu import BlockwiseGelu
-from kernels.half_linear import HalfLinear
-from kernels.int8_linear import Int8Linear
+from kernels.half_linear import HalfLinear, can_halve
+from kernels.int8_linear import Int8Linear, can_quantize
 from kernels.packed_linear import PackedLinear, has_fast_gelu
 
 Product = PackedLinear | Int8Linear | HalfLinear
-_QUANTIZED: dict[str, Callable[[list[torch.nn.Linear]], Product]] = {
-    "int8": Int8Linear,
-    "float16": HalfLinear,
+_Make = Callable[[list[torch.nn.Linear]], Product]
+QUANTIZED: dict[str, tuple[Callable[[torch.Tensor], bool], _Make]] = {
+    "float16": (can_halve, HalfLinear),
+    "int8": (can_quantize, Int8Linear),
 }
+"""Quantization -> whether a weight can be quantized so here, and the product that does it."""
 
 # Classes of torch and of transformers.
 _GELUS = ("GELU", "GELUActivation")
@@ -71,7 +73,7 @@ class PackedParts:
         linears = [m for m in model.modules() if type(m) is torch.nn.Linear]
         self.keeps_plain = sum(m.weight.nbytes for m in linears) <= _MOST_KEPT_BYTES
         plain = partial(PackedLinear, keeps_plain=self.keeps_plain)
-        self.make: Callable[[list[torch.nn.Linear]], Product] = _QUANTIZED.get(quantization, plain)
+        self.make: _Make = plain if quantization == "none" else QUANTIZED[quantization][1]
         self.packed: dict[torch.nn.Linear, Product] = {}
 
     def product(self, layers: Sequence[torch.nn.Linear]) -> Product:
@@ -109,11 +111,7 @@ class PackedParts:
 
 def compiles_long_rows(model: torch.nn.Module) -> bool:
     """Whether oneDNN multiplies rows of any length for it, and compiles each length."""
-    products = [module for module in model.modules() if isinstance(module, Product)]
-    return any(
-        isinstance(one, Int8Linear) or (isinstance(one, PackedLinear) and one.plain is None)
-        for one in products
-    )
+    return any(one.compiles_long_rows for one in model.modules() if isinstance(one, Product))
 
 
 def _is_gelu(activation: torch.nn.Module) -> bool:

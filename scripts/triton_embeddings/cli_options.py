@@ -17,7 +17,7 @@ Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or floa
 Quantization = Annotated[
     str | None,
     typer.Option(
-        help="On CPUs without bfloat16: float16 keeps the encoder's weights in half the memory, "
+        help="none; or on CPUs without bfloat16: float16 keeps the encoder's weights in half the memory, "
         "int8 computes in 8-bit integers."
     ),
 ]

@@ -11,6 +11,7 @@ import torch
 from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError, OptionError
 from backends.families import FAMILIES, family_of
+from backends.forward import register_attention
 from backends.fusion import on_cpu
 from backends.fusion.layer import PostNormLayer, stand_in
 from backends.fusion.parts import Joint, Part
@@ -30,10 +31,12 @@ def kinds(model, kind):
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_every_product_of_every_family_is_packed(name, tmp_path):
+def test_every_product_of_every_family_is_packed_and_every_layer_of_a_bert_is_one(name, tmp_path):
     forward = load_forward(Checkpoint.read(families.FAMILIES[name](tmp_path / name)))
     assert kinds(forward.model, PackedLinear)
     assert not kinds(forward.model, torch.nn.Linear)
+    layers = 3 if name in ("bert", "electra", "roberta", "xlm_roberta") else 0
+    assert len(kinds(forward.model, PostNormLayer)) == layers
 
 
 @pytest.mark.parametrize(
@@ -48,18 +51,12 @@ def test_finds_layers_by_how_they_are_put_together(name, parts, gated, residual,
     assert len(kinds(model, on_cpu.Residual)) == residual
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_one_module_stands_in_for_each_layer_of_a_bert(name, tmp_path):
-    model = load_forward(Checkpoint.read(families.FAMILIES[name](tmp_path / name))).model
-    expected = 3 if name in ("bert", "electra", "roberta", "xlm_roberta") else 0
-    assert len(kinds(model, PostNormLayer)) == expected
-
-
 @pytest.mark.parametrize(
     "change", ["nothing", "another part", "foreign code", "another attention", "no joint"]
 )
 def test_a_layer_of_other_parts_stays_as_it_is(change, tmp_path):
     checkpoint = Checkpoint.read(checkpoints.bert(tmp_path / "m"))
+    register_attention()
     model = family_of(checkpoint).load(
         checkpoint, None if change == "another attention" else NAME, torch.float32, torch.device("cpu")
     )
@@ -175,7 +172,9 @@ def test_weights_in_float16_change_the_fourth_digit_of_every_family(name, tmp_pa
 @pytest.mark.parametrize("quantization", ["int8", "float16"])
 def test_quantization_is_refused_where_it_cannot_be_had(quantization, tmp_path, monkeypatch):
     checkpoint = Checkpoint.read(checkpoints.bert(tmp_path / "m"))
-    with pytest.raises(CheckpointError, match="takes a CPU and weights in float32"):
+    with pytest.raises(
+        CheckpointError, match="takes a CPU for which torch has the products, and weights in float32"
+    ):
         quantized(checkpoint, quantization, torch.float16)
     with pytest.raises(OptionError, match="dtype is 'bfloat16'; leave one out"):
         ServingOptions(quantization=quantization, dtype="bfloat16")

@@ -42,7 +42,7 @@ def test_adds_a_residual_or_applies_gelu():
     assert torch.equal(residual, before)
 
 
-def test_holds_half_the_bytes_and_no_other_copy():
+def test_keeps_no_tensor_beside_what_is_packed():
     packed = HalfLinear(layers((16, 40)))
     assert not list(packed.parameters()) + list(packed.buffers())
     assert not [name for name, value in vars(packed).items() if isinstance(value, torch.Tensor)]

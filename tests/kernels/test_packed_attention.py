@@ -72,6 +72,23 @@ def test_tokens_behind_the_last_sequence_belong_to_none():
     assert not got[:, total:].any()
 
 
+@pytest.mark.parametrize("lengths", [[9], [4, 4], [0, 9], []])
+@pytest.mark.parametrize("n_behind", [0, 3])
+def test_one_sequence_alone_and_values_of_another_width(lengths, n_behind):
+    torch.manual_seed(0)
+    total = sum(lengths)
+    q, k = (torch.randn(1, 2, total + n_behind, 16) for _ in range(2))
+    v = torch.randn(1, 2, total + n_behind, 24)
+    got, _ = packed_attention(torch.nn.Module(), q, k, v, None, sequence_lengths=lengths)
+    assert got.shape == (1, total + n_behind, 2, 24)
+    if total:
+        expected = dense_reference(*(x[:, :, :total] for x in (q, k, v)), lengths, False, None, None, 0.25)
+        torch.testing.assert_close(got[:, :total].double(), expected, atol=2e-6, rtol=1e-5)
+        wrong = dense_reference(*(x[:, :, :total] for x in (q, k, v)), [total], True, None, None, 0.25)
+        assert (got[:, :total] - wrong).abs().max() > 0.1, "negative control"
+    assert not got[:, total:].any()
+
+
 def test_takes_causality_from_the_module():
     q = torch.randn(1, 2, 4, 8)
     module = torch.nn.Module()
@@ -91,11 +108,9 @@ def test_refuses_what_is_not_packed():
 
 
 def test_runs_of_equal_lengths():
-    assert list(_runs([3, 3, 0, 2, 3])) == [(0, 2, 3, 3, ()), (6, 1, 2, 2, ()), (8, 1, 3, 3, ())]
+    assert list(_runs([3, 3, 0, 2, 3])) == [(2, 3, 3, ()), (1, 2, 2, ()), (1, 3, 3, ())]
     assert list(_runs([])) == []
     behind = ((0, 9),)
-    assert list(_runs([9, 3, 3], None, [(), behind, behind])) == [(0, 1, 9, 9, ()), (9, 2, 3, 3, behind)]
+    assert list(_runs([9, 3, 3], None, [(), behind, behind])) == [(1, 9, 9, ()), (2, 3, 3, behind)]
     many = list(_runs([40000, *[1] * 5], None, [(), *[((0, 40000),)] * 5]))
-    assert many[1:] == [(40000 + i, 1, 1, 1, ((0, 40000),)) for i in range(5)], (
-        "keys are put together in parts"
-    )
+    assert many[1:] == [(1, 1, 1, ((0, 40000),))] * 5, "keys are put together in parts"
