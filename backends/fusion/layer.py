@@ -46,6 +46,16 @@ class PostNormLayer(torch.nn.Module):
         """hidden_states [1, t, h] -> [1, t, h]; the keywords are the attention's. The model gives its layers
         the others as well: there is no mask, no other text to look at, and nothing is generated from a cache.
         """
+        attended = self._attend(hidden_states, attention_mask, kwargs)
+        attended = self.attention_output(attended, hidden_states)
+        return self.output(self.intermediate(attended), attended)  # type: ignore[no-any-return]
+
+    def _attend(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """[1, t, h] -> [1, t, h]. A method, so that queries, keys and values do not stay in the caches while
+        the rest of the layer is computed.
+        """
         # [1, t, 3 h] -> three of [1, H, t, D], all views
         projected = self.projections(hidden_states)
         heads = projected.view(1, projected.shape[1], 3, self.n_heads, self.head_dim).transpose(1, 3)
@@ -53,8 +63,7 @@ class PostNormLayer(torch.nn.Module):
         attended, _ = packed_attention(
             self.self_attention, query, key, value, attention_mask, scaling=self.scaling, **kwargs
         )
-        attended = self.attention_output(attended.flatten(2), hidden_states)
-        return self.output(self.intermediate(attended), attended)  # type: ignore[no-any-return]
+        return attended.flatten(2)
 
 
 def stand_in(module: torch.nn.Module) -> PostNormLayer | None:
