@@ -36,7 +36,7 @@ def test_few_shapes_are_compiled():
     code = """
 import torch
 from kernels.blockwise_gelu import blockwise_gelu
-for rows in range(1, 900, {step}):
+for rows in [*range(1, 300, {step}), 512, 600, 900]:
     {function}(torch.randn(rows, 64))
     {function}(torch.randn(1, rows, 64))
 """
@@ -51,6 +51,6 @@ for rows in range(1, 900, {step}):
         )
         return sum("create:cache_miss" in line for line in done.stdout.splitlines())
 
-    assert compiled("torch.nn.functional.gelu", 7) > 100, "else this shows nothing"
+    assert compiled("torch.nn.functional.gelu", 3) > 100, "else this shows nothing"
     multiples_of_eight, smaller_powers_of_two = 32, 3
     assert compiled("blockwise_gelu", 1) == multiples_of_eight + smaller_powers_of_two
