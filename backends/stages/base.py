@@ -22,6 +22,7 @@ from backends.contract import NOT_WELL, ErrorCode
 from backends.errors import BackendError, RequestError
 from backends.log_format import Formatter
 from backends.options import ServingOptions
+from backends.process_memory import give_back
 from backends.source import resolve
 from backends.stages.request import StageRequest
 from backends.stages.response import Answer, failed, out_of_memory, to_response
@@ -83,6 +84,7 @@ class Stage(ABC):
             gc.collect()
             gc.freeze()
             gc.enable()
+            give_back()
 
     @abstractmethod
     def setup(self, context: StageContext) -> None:
