@@ -49,8 +49,12 @@ def check(device: torch.device) -> None:
         torch.ones(1, device=device).item()
 
 
-def compute_dtype(option: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the hardware multiplies it (AVX512-BF16, AMX, a GPU), else float32."""
+def compute_dtype(option: str, device: torch.device, quantization: str = "none") -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it (AVX512-BF16, AMX, a GPU), else float32, as a quantized
+    model's numbers always are.
+    """
+    if quantization != "none":
+        return torch.float32
     if option != "auto":
         return TORCH_DTYPES[WIRE_DTYPES[option]]
     return torch.bfloat16 if _has_bfloat16(device) else torch.float32

@@ -136,8 +136,7 @@ def build(path: Path, device: torch.device = CPU, *, is_padded: bool = False, **
     """
     given = ServingOptions(**{name: value for name, value in options.items() if value is not None})
     checkpoint = Checkpoint.read(path)
-    is_quantized = given.quantization != "none"
-    dtype = torch.float32 if is_quantized else compute_dtype(given.dtype, device)
+    dtype = compute_dtype(given.dtype, device, given.quantization)
     family = family_of(checkpoint)
     config = dict(checkpoint.config)
     causality = family.causality(config, None, None)

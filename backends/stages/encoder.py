@@ -107,8 +107,7 @@ class EncoderStage(ContinuousStage[_Work]):
         # Set before the first operation: the thread pool keeps the size that it was born with.
         torch.set_num_threads(self.threads)
         self.device = place(context.device)
-        is_quantized = options.quantization != "none"
-        dtype = torch.float32 if is_quantized else compute_dtype(options.dtype, self.device)
+        dtype = compute_dtype(options.dtype, self.device, options.quantization)
         family = family_of(context.checkpoint, options.model_type)
         tells_apart = family.tells_pairs_apart(context.checkpoint.config)
         extra = encoder_inputs(context.checkpoint, context.heads, tells_pairs_apart=tells_apart)
@@ -168,7 +167,7 @@ class EncoderStage(ContinuousStage[_Work]):
             family.name,
             self.device,
             str(dtype).removeprefix("torch.")
-            + (f", weights in {options.quantization}" if is_quantized else ""),
+            + (f", weights in {options.quantization}" if options.quantization != "none" else ""),
             _way(self.forward),
             torch.get_num_threads(),
         )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from backends import self_check
 from backends.checkpoint import Checkpoint
 from backends.errors import CheckpointError, OptionError
 from backends.families import FAMILIES, family_of
@@ -15,7 +16,7 @@ from backends.forward import register_attention
 from backends.fusion import on_cpu
 from backends.fusion.layer import PostNormLayer, stand_in
 from backends.fusion.parts import Joint, Part
-from backends.options import ServingOptions
+from backends.options import QUANTIZATIONS, ServingOptions
 from backends.ragged import Ragged
 from backends.self_check import choose_forward
 from kernels.half_linear import HalfLinear
@@ -167,6 +168,10 @@ def test_weights_in_float16_change_the_fourth_digit_of_every_family(name, tmp_pa
     error = (got - expected).norm() / expected.norm()
     assert 1e-6 < error < 2e-3, "not the same numbers, but nearly"
     torch.testing.assert_close(got, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_every_quantization_that_can_be_asked_for_has_a_product_and_a_tolerance():
+    assert set(QUANTIZATIONS) - {"none"} == set(on_cpu.QUANTIZED) == set(self_check._QUANTIZED_TOLERANCE)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "float16"])

@@ -76,8 +76,8 @@ def test_hidden_states_of_a_usual_width_fill_it_and_every_answer_is_right_or_say
             told.append(reason)
         assert any("--shm-size" in reason for reason in told), "a control: it was too small for some"
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(ask, [1, 64, 4, 256, 2, 16, 1, 8] * 2))
-        tell(f"16 requests by 8 clients: {sorted(status for status, _ in answers)}")
+            answers = list(pool.map(ask, [1, 64, 4, 256, 2, 16, 1, 8] * 3))
+        tell(f"24 requests by 8 clients: {sorted(status for status, _ in answers)}")
         assert all("--shm-size" in reason for status, reason in answers if status == 503)
         status, reason = ask(256, "/embed_all")
         tell(f"all vectors of 256 texts: {status} {reason[:300]}")
