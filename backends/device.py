@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from backends.options import WIRE_DTYPES
+from kernels.half_linear import has_half_products
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +50,25 @@ def check(device: torch.device) -> None:
         torch.ones(1, device=device).item()
 
 
-def compute_dtype(option: str, device: torch.device, quantization: str = "none") -> torch.dtype:
+def compute_dtype(option: str, device: torch.device, quantization: str = "auto") -> torch.dtype:
     """auto: bfloat16 where the hardware multiplies it (AVX512-BF16, AMX, a GPU), else float32, as a quantized
     model's numbers always are.
     """
-    if quantization != "none":
+    if quantization not in ("auto", "none"):
         return torch.float32
     if option != "auto":
         return TORCH_DTYPES[WIRE_DTYPES[option]]
     return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+
+
+def weight_format(option: str, dtype_option: str, device: torch.device) -> str:
+    """auto: float16 for weights of a model of which nobody says in what to compute, and which is computed in
+    float32 on a CPU: half the memory, and short requests are faster. One of QUANTIZATIONS, but not auto.
+    """
+    if option != "auto":
+        return option
+    is_float32 = dtype_option == "auto" and compute_dtype("auto", device) is torch.float32
+    return "float16" if is_float32 and device.type == "cpu" and has_half_products() else "none"
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -17,7 +17,7 @@ WIRE_DTYPES = {"auto": "FP32", "float32": "FP32", "bfloat16": "BF16", "float16":
 depends on the machine, but an entry must mean the same on every machine, so it travels in the widest one."""
 
 IMAGE_POSITIONS = ("mrope", "plain")
-QUANTIZATIONS = ("none", "float16", "int8")
+QUANTIZATIONS = ("auto", "none", "float16", "int8")
 RERANK_PROMPTS = ("none", "qwen3", "bge-gemma", "mxbai", "chat-template")
 _COUNTS = (
     "max_batch_tokens",
@@ -40,9 +40,9 @@ class ServingOptions:
 
     auto: bfloat16 where the processor or GPU has it in hardware, else float32.
     """
-    quantization: str = "none"
+    quantization: str = "auto"
     """Of the encoder's products on a CPU: none, float16 for their weights, or int8 for all, which is less
-    exact.
+    exact. auto: float16 where dtype is auto too and comes to float32 on a CPU.
     """
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: a GPU where there is one."""
@@ -96,7 +96,7 @@ class ServingOptions:
             raise OptionError(
                 f"quantization is {self.quantization!r}; it takes one of {', '.join(QUANTIZATIONS)}"
             )
-        if self.quantization != "none" and self.dtype not in ("auto", "float32"):
+        if self.quantization not in ("auto", "none") and self.dtype not in ("auto", "float32"):
             raise OptionError(
                 f"quantization {self.quantization} is for models in float32, but dtype is "
                 f"{self.dtype!r}; leave one out"

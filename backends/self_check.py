@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,10 @@ Loader = Callable[[str | None], torch.nn.Module]
 """Name of an attention function, or None for the model's own choice -> the model."""
 
 
+class _CannotQuantizeError(ValueError):
+    """The weights cannot be kept as somebody wants them."""
+
+
 def choose_forward(
     load: Loader,
     family: Family,
@@ -50,18 +55,32 @@ def choose_forward(
     *,
     shares_prefixes: bool = False,
     quantization: str = "none",
+    must_quantize: bool = True,
 ) -> Forward:
     """The packed way if the model passes the self-check, else the padded way, with a logged warning.
 
     `shares_prefixes` is for causal models: what sequences begin with is computed once, if that is proved to
-    change nothing; `quantization` is one of `backends.options.QUANTIZATIONS`. Raises CheckpointError when the
-    model fails both ways, or cannot be quantized so. `name` stands in the messages.
+    change nothing; `quantization` is one of `backends.options.QUANTIZATIONS`, but not auto. Raises
+    CheckpointError when the model fails both ways, or cannot be quantized so and must be. `name` stands in
+    the messages.
     """
     register_attention()
+
+    def speed_up(forward: PackedForward | PaddedForward, attention: str | None) -> None:
+        reload = partial(_load, load, attention, name)
+        try:
+            _speed_up(forward, name, reload, quantization)
+        except _CannotQuantizeError as reason:
+            if must_quantize:
+                raise CheckpointError(f"{reason}; leave --quantization out") from reason
+            logger.warning("%s: its weights stay in float32", reason)
+            forward.model = reload()
+            _speed_up(forward, name, reload, "none")
+
     packed = PackedForward(_load(load, packed_attention.NAME, name), family, config)
     fault = _packed_fault(packed)
     if fault is None:
-        _speed_up(packed, name, lambda: _load(load, packed_attention.NAME, name), quantization)
+        speed_up(packed, packed_attention.NAME)
         if shares_prefixes:
             error = _check_sharing(packed)
             packed.shares_prefixes = error <= tolerance(packed.model)
@@ -82,7 +101,7 @@ def choose_forward(
             f"{name} gives other numbers in a batch than alone, packed ({fault}) and padded (relative error "
             f"{error:.2g}): it cannot be served right"
         )
-    _speed_up(padded, name, lambda: _load(load, None, name), quantization)
+    speed_up(padded, None)
     return padded
 
 
@@ -92,9 +111,7 @@ def _speed_up(
     reload: Callable[[], torch.nn.Module],
     quantization: str,
 ) -> None:
-    """Fuses the model, if that changes no number beyond rounding. Raises CheckpointError where it cannot be
-    quantized so.
-    """
+    """Fuses the model, if that changes no number beyond rounding. Raises _CannotQuantizeError."""
     lengths = np.array(_CHECK_LENGTHS)
     batch = Ragged(_check_ids(forward, int(lengths.sum())), lengths)
     with torch.inference_mode():
@@ -104,15 +121,12 @@ def _speed_up(
         except ValueError as reason:
             if quantization == "none":
                 raise
-            raise CheckpointError(
-                f"{name} cannot be quantized to {quantization}: {reason}; leave --quantization out"
-            ) from reason
+            raise _CannotQuantizeError(f"{name} cannot be quantized to {quantization}: {reason}") from reason
         if not is_fused:
             if quantization != "none":
-                raise CheckpointError(
+                raise _CannotQuantizeError(
                     f"{name} cannot be quantized to {quantization}: that takes a CPU for which torch has the "
-                    "products, and weights in float32 (--device cpu --dtype float32); leave "
-                    "--quantization out"
+                    "products, and weights in float32 (--device cpu --dtype float32)"
                 )
             return
         try:
@@ -125,9 +139,8 @@ def _speed_up(
             forward.fills_long_rows = compiles_long_rows(forward.model)
         return
     if quantization != "none":
-        raise CheckpointError(
-            f"{name} gives other numbers quantized to {quantization} (relative error {error:.2g}); leave "
-            "--quantization out"
+        raise _CannotQuantizeError(
+            f"{name} gives other numbers quantized to {quantization} (relative error {error:.2g})"
         )
     logger.warning(
         "%s gives other numbers with fused layers (relative error %.2g): they stay as they were, which is "

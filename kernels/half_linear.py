@@ -15,10 +15,15 @@ import torch
 from kernels.blockwise_gelu import blockwise_gelu
 
 
+def has_half_products() -> bool:
+    """Whether this build of torch has them for this processor."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
 def can_halve(weight: torch.Tensor) -> bool:
     """Whether this build of torch multiplies by it in float16, on this processor."""
     is_float = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return is_float and "fbgemm" in torch.backends.quantized.supported_engines
+    return is_float and has_half_products()
 
 
 class HalfLinear(torch.nn.Module):

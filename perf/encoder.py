@@ -68,7 +68,7 @@ def main() -> None:
         embed = minilm_onnx.embedder(kind)
         cases[f"onnxruntime {kind}"] = lambda embed=embed: embed(batches)  # type: ignore[misc]
     for dtype in given.dtype or ["auto"]:
-        cases[f"triton-embeddings {dtype}"] = own(ids, dtype=dtype)
+        cases[f"triton-embeddings {dtype}"] = own(ids, dtype=dtype, quantization="none")
     for quantization in given.quantization or ["float16", "int8"]:
         cases[f"triton-embeddings quantized to {quantization}"] = own(ids, quantization=quantization)
     measure(cases, sum(map(len, ids)), given.rounds)

@@ -68,8 +68,8 @@ def main() -> None:
 def measure(given: argparse.Namespace, cases: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]]) -> None:
     sizes = shape.bert_sizes(given.hidden, given.layers)
     path = shape.make(f"bert {given.hidden} x {given.layers}", shape.encoder, **sizes)
-    extra = {"quantization": given.quantization} if given.quantization else {}
-    packed = model.build(path, dtype=given.dtype, max_batch_tokens=8192, **extra)
+    kept = given.quantization or "none"
+    packed = model.build(path, dtype=given.dtype, quantization=kept, max_batch_tokens=8192)
     padded = model.build(path, is_padded=True, dtype=given.dtype, max_batch_tokens=8192)
     way = f"packed, {given.quantization}" if given.quantization else "packed"
     rows = []

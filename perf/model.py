@@ -16,7 +16,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from backends.checkpoint import Checkpoint
-from backends.device import compute_dtype
+from backends.device import compute_dtype, weight_format
 from backends.encode import encode, pass_tokens
 from backends.families import family_of
 from backends.forward import Forward, PaddedForward
@@ -148,7 +148,8 @@ def build(path: Path, device: torch.device = CPU, *, is_padded: bool = False, **
     if is_padded:
         forward: Forward = PaddedForward(load("sdpa"), family, config)
     else:
-        forward = choose_forward(load, family, config, path.name, quantization=given.quantization)
+        kept = weight_format(given.quantization, given.dtype, device)
+        forward = choose_forward(load, family, config, path.name, quantization=kept)
     return Encoder(forward, HEADS["dense"].load(checkpoint, CPU, torch.float32), most)
 
 

@@ -32,7 +32,7 @@ from backends.contract import (
     PATCHES,
     ErrorCode,
 )
-from backends.device import TORCH_DTYPES, compute_dtype, place
+from backends.device import TORCH_DTYPES, compute_dtype, place, weight_format
 from backends.encode import encode, pass_tokens
 from backends.encode_images import ImageEncoder, choose_image_encoder
 from backends.errors import RequestError
@@ -108,6 +108,7 @@ class EncoderStage(ContinuousStage[_Work]):
         torch.set_num_threads(self.threads)
         self.device = place(context.device)
         dtype = compute_dtype(options.dtype, self.device, options.quantization)
+        quantization = weight_format(options.quantization, options.dtype, self.device)
         family = family_of(context.checkpoint, options.model_type)
         tells_apart = family.tells_pairs_apart(context.checkpoint.config)
         extra = encoder_inputs(context.checkpoint, context.heads, tells_pairs_apart=tells_apart)
@@ -132,7 +133,8 @@ class EncoderStage(ContinuousStage[_Work]):
             dict(config),
             context.name,
             shares_prefixes=options.share_prefix and is_causal,
-            quantization=options.quantization,
+            quantization=quantization,
+            must_quantize=options.quantization != "auto",
         )
         self.forward = plain
         if options.cuda_graphs and self.device.type == "cuda" and isinstance(plain, PackedForward):
@@ -167,7 +169,7 @@ class EncoderStage(ContinuousStage[_Work]):
             family.name,
             self.device,
             str(dtype).removeprefix("torch.")
-            + (f", weights in {options.quantization}" if options.quantization != "none" else ""),
+            + ("" if quantization == "none" else f", weights in {quantization}"),
             _way(self.forward),
             torch.get_num_threads(),
         )

@@ -17,8 +17,8 @@ Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or floa
 Quantization = Annotated[
     str | None,
     typer.Option(
-        help="none; or on CPUs without bfloat16: float16 keeps the encoder's weights in half the memory, "
-        "int8 computes in 8-bit integers."
+        help="On CPUs without bfloat16: float16 keeps the encoder's weights in half the memory, int8 "
+        "computes in 8-bit integers, none is float32. Default: float16, none with --dtype."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -24,6 +24,27 @@ def test_auto_is_what_the_processor_multiplies(monkeypatch, probes, expected):
     assert device.compute_dtype("float16", CPU) is torch.float16
 
 
+@pytest.mark.parametrize(
+    ("option", "dtype", "hardware", "expected"),
+    [
+        ("auto", "auto", torch.float32, "float16"),
+        ("auto", "auto", torch.bfloat16, "none"),
+        ("auto", "float32", torch.float32, "none"),
+        ("auto", "bfloat16", torch.float32, "none"),
+        ("none", "auto", torch.float32, "none"),
+        ("int8", "auto", torch.bfloat16, "int8"),
+    ],
+)
+def test_weights_are_in_float16_where_nobody_says_otherwise(monkeypatch, option, dtype, hardware, expected):
+    monkeypatch.setattr(device, "_has_bfloat16", lambda device: hardware is torch.bfloat16)
+    monkeypatch.setattr(device, "has_half_products", lambda: True)
+    assert device.weight_format(option, dtype, CPU) == expected
+    gpu = torch.device("cuda:0")
+    assert device.weight_format(option, dtype, gpu) == (option if option != "auto" else "none")
+    monkeypatch.setattr(device, "has_half_products", lambda: False)
+    assert device.weight_format("auto", dtype, CPU) == "none"
+
+
 @pytest.mark.parametrize(("capability", "expected"), [((9, 0), torch.bfloat16), ((7, 5), torch.float32)])
 def test_auto_on_a_gpu(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -171,7 +171,9 @@ def test_weights_in_float16_change_the_fourth_digit_of_every_family(name, tmp_pa
 
 
 def test_every_quantization_that_can_be_asked_for_has_a_product_and_a_tolerance():
-    assert set(QUANTIZATIONS) - {"none"} == set(on_cpu.QUANTIZED) == set(self_check._QUANTIZED_TOLERANCE)
+    assert (
+        set(QUANTIZATIONS) - {"auto", "none"} == set(on_cpu.QUANTIZED) == set(self_check._QUANTIZED_TOLERANCE)
+    )
 
 
 @pytest.mark.parametrize("quantization", ["int8", "float16"])
@@ -183,7 +185,9 @@ def test_quantization_is_refused_where_it_cannot_be_had(quantization, tmp_path, 
         quantized(checkpoint, quantization, torch.float16)
     with pytest.raises(OptionError, match="dtype is 'bfloat16'; leave one out"):
         ServingOptions(quantization=quantization, dtype="bfloat16")
-    with pytest.raises(OptionError, match="quantization is 'int4'; it takes one of none, float16, int8"):
+    with pytest.raises(
+        OptionError, match="quantization is 'int4'; it takes one of auto, none, float16, int8"
+    ):
         ServingOptions(quantization="int4")
     wrong = {"int8": Int8Linear, "float16": HalfLinear}[quantization]
     monkeypatch.setattr(
@@ -195,7 +199,7 @@ def test_quantization_is_refused_where_it_cannot_be_had(quantization, tmp_path, 
         quantized(checkpoint, quantization)
 
 
-def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path):
+def test_a_weight_that_float16_cannot_hold_is_refused_where_it_was_asked_for(tmp_path, caplog):
     checkpoint = Checkpoint.read(checkpoints.bert(tmp_path / "m"))
     family = family_of(checkpoint)
 
@@ -204,5 +208,21 @@ def test_a_weight_that_float16_cannot_hold_is_refused(tmp_path):
         model.encoder.layer[1].output.dense.weight.data[0, 0] = 7e4
         return model
 
-    with pytest.raises(CheckpointError, match="to float16: a weight is beyond 65504"):
-        choose_forward(load, family, dict(checkpoint.config), "tiny", quantization="float16")
+    def choose(quantization, *, must_quantize=True):
+        config = dict(checkpoint.config)
+        return choose_forward(
+            load, family, config, "tiny", quantization=quantization, must_quantize=must_quantize
+        )
+
+    with pytest.raises(
+        CheckpointError, match="to float16: a weight is beyond 65504, or not a number; leave --q"
+    ):
+        choose("float16")
+    with caplog.at_level(logging.WARNING):
+        forward = choose("float16", must_quantize=False)
+    assert "a weight is beyond 65504, or not a number: its weights stay in float32" in caplog.text
+    assert kinds(forward.model, PackedLinear)
+    assert not kinds(forward.model, HalfLinear)
+    ids = Ragged.pack([torch.arange(5, 5 + n) for n in (9, 4)])
+    with torch.inference_mode():
+        torch.testing.assert_close(forward(ids), choose("none")(ids))
