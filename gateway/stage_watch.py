@@ -5,7 +5,7 @@ A stage is pinged several times a second, past the models' queues where it can b
 however much it computes. Other stages compute while they are asked, so one that is silent is believed as long
 as the server counts answers of it. What of an encoder a ping does not tell, `encoder_canary.py` does. A
 process that died or was halted is told by the server, 1 s after a ping (2.51); on the server's own machine a
-death is seen at once.
+death is seen at once, and a halt while a ping waits.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 # Stages that take requests in and compute beside: a ping never waits for what is computed.
 _TAKE_IN_AT_ONCE = frozenset({"encoder"})
+# A process that is stopped whenever one looks, so often in a row and so far apart, while it should answer, is
+# not waited for. One that is held down by being stopped for moments goes on in between.
+_LOOKS = 4
+_LOOK_EVERY_S = 0.1
 _NEVER = float("-inf")
 
 
@@ -194,7 +198,7 @@ class StageWatch:
             return Pulse.DEAD
         if one.is_unwell:
             return Pulse.UNWELL
-        pulse = await one.server.ping(one.entry, self._hang_timeout_s)
+        pulse = await self._ping(one)
         if pulse is not Pulse.SILENT or stage_of(one.pipeline.name, one.entry) in _TAKE_IN_AT_ONCE:
             one.silent_since = None
             return pulse
@@ -203,6 +207,17 @@ class StageWatch:
         if one.silent_since is None or answers != one.answers:
             one.silent_since, one.answers = now, answers
         return Pulse.ALIVE if now - one.silent_since < self._patience_s else Pulse.SILENT
+
+    async def _ping(self, one: _Watched) -> Pulse:
+        ping = asyncio.ensure_future(one.server.ping(one.entry, self._hang_timeout_s))
+        try:
+            for _ in range(_LOOKS):
+                await asyncio.wait([ping], timeout=_LOOK_EVERY_S)
+                if ping.done() or not stand_still(one.processes):
+                    return await ping
+            return Pulse.DEAD
+        finally:
+            ping.cancel()
 
     async def _is_gone(self, one: _Watched) -> bool:
         """Asked when nobody else can replace it: another gateway may just have done so."""

@@ -3,9 +3,13 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
+import signal
+import subprocess
 
 import pytest
 
+from gateway import stage_watch
 from gateway.availability import Availability
 from gateway.catalog import Catalog
 from gateway.inference_server import Pulse
@@ -30,11 +34,15 @@ class _Server:
         self.encoded = Pulse.ALIVE
         self.asked = 0
         self.is_moving = False
+        self.is_waiting = False
+        """Whether pings are not answered."""
         self.loaded = []
         self.state_ = "READY"
 
     async def ping(self, entry, timeout_s):
         await asyncio.sleep(0.001)
+        if self.is_waiting:
+            await asyncio.sleep(timeout_s)
         return self.pulses[entry]
 
     async def answer_count(self, entry):
@@ -70,13 +78,18 @@ async def server():
 
 
 @contextlib.asynccontextmanager
-async def watching(server, patience_s=60.0, known=(TINY,)):
+async def watching(server, patience_s=60.0, known=(TINY,), hang_timeout_s=0.01):
     inference = FakeInference(known)
     catalog = Catalog(inference)
     await catalog.refresh()
     availability = Availability(60)
     watch = StageWatch(
-        [server], catalog, availability, interval_s=0.005, hang_timeout_s=0.01, patience_s=patience_s
+        [server],
+        catalog,
+        availability,
+        interval_s=0.005,
+        hang_timeout_s=hang_timeout_s,
+        patience_s=patience_s,
     )
     task = asyncio.create_task(watch.run())
     try:
@@ -103,6 +116,36 @@ async def test_a_dead_or_hung_encoder_is_loaded_anew_and_the_model_comes_back(se
         assert lost[0] == ("elsewhere:1", "tiny", True)
         await until(lambda: watch.fault(TINY) is None)
         assert server.loaded == ["-tiny.encoder", "tiny.encoder"], "once"
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """A process that is taken for the encoder's."""
+    with subprocess.Popen(["sleep", "300"]) as one:
+        found = {"tiny.encoder": [one.pid]}
+        monkeypatch.setattr(stage_watch, "find_stubs", lambda address, entry: found.get(entry, []))
+        yield one
+        one.kill()
+
+
+async def test_a_process_that_is_stopped_is_not_waited_for(server, process):
+    async with watching(server, hang_timeout_s=60) as (watch, _, _):
+        await until(lambda: any(one.processes for one in watch._watched.values()))
+        server.is_waiting = True
+        os.kill(process.pid, signal.SIGSTOP)
+        await until(lambda: server.loaded == ["-tiny.encoder", "tiny.encoder"])
+
+
+async def test_a_process_that_is_stopped_for_moments_is_waited_for(server, process):
+    async with watching(server, hang_timeout_s=60) as (watch, _, _):
+        await until(lambda: any(one.processes for one in watch._watched.values()))
+        server.is_waiting = True
+        for _ in range(5):
+            os.kill(process.pid, signal.SIGSTOP)
+            await asyncio.sleep(0.15)
+            os.kill(process.pid, signal.SIGCONT)
+            await asyncio.sleep(0.15)
+        assert (watch.fault(TINY), server.loaded) == (None, [])
 
 
 async def test_a_stage_that_computes_is_believed_as_long_as_its_answers_become_more(server):
