@@ -41,7 +41,11 @@ def append(
     `peers` are packages besides torch and transformers whose versions matter, or whole words with the version
     of something that is installed elsewhere; `device` is a GPU, where not the processor is measured.
     """
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
+    commit = subprocess.check_output(["git", "describe", "--always"], cwd=ROOT, text=True).strip()
+    # What is recorded is no change of what was measured: a script may do so more than once.
+    changes = ["git", "diff-index", "--quiet", "HEAD", "--", ".", ":!perf/results"]
+    if subprocess.run(changes, cwd=ROOT, check=False).returncode:
+        commit += "-dirty"
     when = datetime.datetime.now().isoformat(" ", "seconds")
     common = [when, commit, device or machine(), versions(*peers)]
     RESULTS.mkdir(parents=True, exist_ok=True)
