@@ -102,7 +102,7 @@ class InferenceServer:
         except InferenceServerException as error:
             pulse = self._read(entry, error)
             # Of a server that stands still no stage answers, and none is to blame.
-            return pulse if pulse is not Pulse.SILENT or await self._is_live() else Pulse.HALTED
+            return pulse if pulse is not Pulse.SILENT or await self.is_live() else Pulse.HALTED
         return Pulse.ALIVE
 
     async def encode(self, entry: str, timeout_s: float) -> Pulse:
@@ -119,7 +119,8 @@ class InferenceServer:
             return Pulse.UNWELL if is_fault else pulse
         return Pulse.ALIVE
 
-    async def _is_live(self) -> bool:
+    async def is_live(self) -> bool:
+        """Whether it says so, at once."""
         try:
             return bool(await self.client.is_server_live(client_timeout=_LIVE_TIMEOUT_S))
         except InferenceServerException:

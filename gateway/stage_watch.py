@@ -215,7 +215,8 @@ class StageWatch:
                 await asyncio.wait([ping], timeout=_LOOK_EVERY_S)
                 if ping.done() or not stand_still(one.processes):
                     return await ping
-            return Pulse.DEAD
+            # With a server that is halted its stages may be: then none of them is to blame.
+            return Pulse.DEAD if await one.server.is_live() else await ping
         finally:
             ping.cancel()
 

@@ -43,7 +43,7 @@ def append(
     """
     commit = subprocess.check_output(["git", "describe", "--always"], cwd=ROOT, text=True).strip()
     # What is recorded is no change of what was measured: a script may do so more than once.
-    changes = ["git", "diff-index", "--quiet", "HEAD", "--", ".", ":!perf/results"]
+    changes = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!perf/results"]
     if subprocess.run(changes, cwd=ROOT, check=False).returncode:
         commit += "-dirty"
     when = datetime.datetime.now().isoformat(" ", "seconds")

@@ -34,7 +34,7 @@ class _Server:
         self.encoded = Pulse.ALIVE
         self.asked = 0
         self.is_moving = False
-        self.is_waiting = False
+        self.is_waiting = self.is_halted = False
         """Whether pings are not answered."""
         self.loaded = []
         self.state_ = "READY"
@@ -44,6 +44,9 @@ class _Server:
         if self.is_waiting:
             await asyncio.sleep(timeout_s)
         return self.pulses[entry]
+
+    async def is_live(self):
+        return not self.is_halted
 
     async def answer_count(self, entry):
         self.answers += self.is_moving
@@ -134,6 +137,16 @@ async def test_a_process_that_is_stopped_is_not_waited_for(server, process):
         server.is_waiting = True
         os.kill(process.pid, signal.SIGSTOP)
         await until(lambda: server.loaded == ["-tiny.encoder", "tiny.encoder"])
+
+
+async def test_a_process_that_is_stopped_with_its_server_is_not_to_blame(server, process):
+    async with watching(server, hang_timeout_s=0.6) as (watch, _, _):
+        await until(lambda: any(one.processes for one in watch._watched.values()))
+        server.is_waiting = server.is_halted = True
+        server.pulses = dict.fromkeys(server.pulses, Pulse.HALTED)
+        os.kill(process.pid, signal.SIGSTOP)
+        await until(lambda: watch.fault(TINY) == Pulse.HALTED)
+        assert server.loaded == []
 
 
 async def test_a_process_that_is_stopped_for_moments_is_waited_for(server, process):
