@@ -14,7 +14,7 @@ from gateway.context import Lane
 from gateway.places import Places
 
 # What of the bounds may wait where those who were told to come back do.
-_HONOURED = 1.5
+_HONOURED = 2.0
 
 
 class Price(NamedTuple):

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import random
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -263,7 +263,7 @@ async def test_who_was_refused_for_its_bytes_is_told_when_they_are_gone_and_let_
             await server.ask("refused", [100] * 6, SLOW, key=f"refused {i}")
         told.append(caught.value.retry_after_s)
     show(f"2000 bytes wait at {rate:.0f} tokens/s; told to come back after {told[0]:.1f} and {told[1]:.1f} s")
-    assert told == pytest.approx([2000 / rate, 2000 / rate + 600 / (0.7 * rate)])
+    assert told == pytest.approx([2000 / rate, 2000 / rate + 600 / (0.6 * rate)])
     server.start("others", [100] * 4, SLOW)
     await settle()
     server.clock.now += told[0]
@@ -325,63 +325,92 @@ async def test_how_long_to_wait_is_what_waits_by_the_rate():
     await server.finish()
 
 
-async def test_who_waits_as_long_as_it_is_told_is_let_in():
-    """Ten times as many clients as the server can answer, each with one request at a time, for ten minutes:
-    whoever comes back when it was told to is let in, though new requests come all the time.
+@dataclass
+class Outcome:
+    """Of a flood."""
+
+    answered: int = 0
+    told: int = 0
+    in_vain: int = 0
+    """Who were told before, and came back when they were told to."""
+    waits: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+
+
+async def flood(seconds, seconds_each):
+    """Ten times as many clients as the server can answer, each with one request of 40 tokens at a time.
+    `seconds_each(elapsed)` is what one takes; 0.4 did before.
     """
     server = Server(replace(LIMITS, max_queued_tokens={FAST: 1000, SLOW: 1000}))
     rng = random.Random(7)
     events = []
     order = itertools.count()
-    told, broken, answered, waits = 0, 0, 0, []
+    outcome = Outcome()
 
-    def later(seconds, name, has_waited):
-        events.append((server.clock.now + seconds, next(order), name, has_waited))
+    def later(after, name, has_waited):
+        events.append((server.clock.now + after, next(order), name, has_waited))
 
     server.start("before", [40] * 20, FAST)
     for _ in range(20):
         await server.answer(seconds=0.4)
     for i in range(250):
         later(rng.random(), (i, 0), False)
-    served_at = server.clock.now
-    pending = {}
-    end = server.clock.now + 600
-    while server.clock.now < end:
+    begin = served_at = server.clock.now
+    pending, begun = {}, {}
+    while server.clock.now < begin + seconds:
         events.sort()
         at, _, name, has_waited = events[0]
-        # The server does 100 tokens/s: a request of 40 every 0.4 s.
-        if not server.running.empty() and served_at + 0.4 <= at:
-            server.clock.now = served_at = max(served_at + 0.4, server.clock.now)
+        each = seconds_each(server.clock.now - begin)
+        if not server.running.empty() and served_at + each <= at:
+            server.clock.now = served_at = max(served_at + each, server.clock.now)
             await server.answer()
-            answered += 1
+            outcome.answered += 1
             for task, client in [(t, c) for t, c in pending.items() if t.done()]:
                 del pending[task]
+                outcome.latencies.append(server.clock.now - begun[client])
                 later(rng.random() * 0.2, (client[0], client[1] + 1), False)
             continue
         if server.running.empty():
             served_at = at
         events.pop(0)
-        server.clock.now = max(at, server.clock.now)
+        server.clock.now = begun[name] = max(at, server.clock.now)
         task = asyncio.create_task(server.ask(name, [40], FAST, key=name))
         await settle()
         if task.done() and isinstance(task.exception(), TooManyRequests):
-            broken += has_waited
+            outcome.in_vain += has_waited
             wait = task.exception().retry_after_s
-            waits.append(wait)
-            told += 1
+            outcome.waits.append(wait)
+            outcome.told += 1
             later(wait + rng.random() * 0.5, name, True)
         else:
             pending[task] = name
-    show(
-        f"{answered} answered, {told} told when to come back and {broken} of them in vain; waits of "
-        f"{min(waits):.1f} to {max(waits):.1f} s"
-    )
-    assert answered > 0.97 * 600 / 0.4, "the server has always work"
-    assert told > 500
-    assert broken == 0
     for task in pending:
         task.cancel()
     await asyncio.gather(*pending, return_exceptions=True)
+    show(
+        f"{outcome.answered} answered, at most {max(outcome.latencies):.1f} s after they came; {outcome.told} "
+        f"told when to come back and {outcome.in_vain} of them in vain; waits of {min(outcome.waits):.1f} to "
+        f"{max(outcome.waits):.1f} s"
+    )
+    return outcome
+
+
+async def test_who_waits_as_long_as_it_is_told_is_let_in():
+    """For ten minutes, though new requests come all the time."""
+    outcome = await flood(600, lambda elapsed: 0.4)
+    assert outcome.answered > 0.97 * 600 / 0.4, "the server has always work"
+    assert outcome.told > 500
+    assert outcome.in_vain == 0
+
+
+async def test_next_to_nobody_comes_in_vain_when_the_server_becomes_much_slower():
+    """Two fifths of its rate, from when most were told when to come."""
+    outcome = await flood(600, lambda elapsed: 0.4 if elapsed < 60 else 1.0)
+    assert outcome.answered > 0.97 * (60 / 0.4 + 540), "the server has always work"
+    assert outcome.told > 500
+    assert outcome.in_vain <= 0.02 * outcome.told
+    # Twice the lane of those who have places, and what the server has.
+    assert max(outcome.latencies) < 1.05 * (2000 + 200) / 40
 
 
 async def test_places_of_those_who_do_not_come_are_given_up():

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ _SAMPLE = re.compile(r"(?P<name>\w+)(\{(?P<labels>.*)\})? (?P<value>\S+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 # Long enough for the slowest machine: nothing is asserted about times.
 _ANSWER_TIMEOUT_S = 240
+_LOG_END = 8_000
 
 
 @dataclass
@@ -98,6 +99,14 @@ class Serving:
         (file,) = [line.removeprefix("its log: ") for line in lines if line.startswith("its log: ")]
         return Path(file).read_text(errors="replace")
 
+    def everything_said(self) -> str:
+        """The output, the end of the server's log, and what still runs."""
+        said = self.output.read_text()
+        if "its log: " in said:
+            said += "\n" + self.server_log()[-_LOG_END:]
+        running = "\n".join(f"{pid} {command}" for pid, command in self.descendants().items())
+        return f"{said}\nrunning:\n{running}"
+
     def stop(self, timeout_s: float = 60) -> int:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
@@ -128,13 +137,15 @@ def _free_ports() -> Iterator[int]:
 _ports = _free_ports()
 
 
-def wait_until(condition: Any, what: str, timeout_s: float = START_TIMEOUT_S) -> Any:
-    """The first true value of the condition."""
+def wait_until(
+    condition: Any, what: str, timeout_s: float = START_TIMEOUT_S, also: Callable[[], str] = str
+) -> Any:
+    """The first true value of the condition. Where it does not come, `also` says what else is known."""
     deadline = time.monotonic() + timeout_s
     while True:
         if value := condition():
             return value
-        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain for {what}"
+        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain for {what}\n{also()}"
         time.sleep(0.05)
 
 
@@ -160,8 +171,9 @@ def serve(
             # The last line of what it says when it is ready.
             lambda: "\nCtrl-C stops everything" in output.read_text() or process.poll() is not None,
             "the line that says how to stop",
+            also=serving.everything_said,
         )
-        assert process.poll() is None, f"it ended with {process.returncode}: {output.read_text()}"
+        assert process.poll() is None, f"it ended with {process.returncode}: {serving.everything_said()}"
         yield serving
     finally:
         if process.poll() is None:
