@@ -388,7 +388,7 @@ async def flood(seconds, seconds_each):
         task.cancel()
     await asyncio.gather(*pending, return_exceptions=True)
     show(
-        f"{outcome.answered} answered, at most {max(outcome.latencies):.1f} s after they came; {outcome.told} "
+        f"{outcome.answered} answered, {max(outcome.latencies):.1f} s after they came; {outcome.told} "
         f"told when to come back and {outcome.in_vain} of them in vain; waits of {min(outcome.waits):.1f} to "
         f"{max(outcome.waits):.1f} s"
     )

@@ -276,7 +276,9 @@ async def test_a_client_that_goes_away_takes_its_work_with_it(serving, session):
 async def test_ten_times_as_much_as_can_be_done(serving, session):
     processes = stages(serving)
     assert processes
+    asked = time.monotonic()
     right = np.concatenate([(await embed(session, TEXTS[i : i + 8]))[2] for i in range(0, len(TEXTS), 8)])
+    first_rate = price(TEXTS) / (time.monotonic() - asked)
     held = (QUEUED + 2 * BUDGET) // price(TEXTS[:1])
     fast = Clients(session, right, time.monotonic() + SECONDS)
     slow = Clients(session, right, fast.stop_at)
@@ -293,11 +295,11 @@ async def test_ten_times_as_much_as_can_be_done(serving, session):
     # which has other work, is slowest.
     all_rates = rates(fast.answered + slow.answered, fast.stop_at)
     slowest = all_rates.min()
-    most = 1.5 * QUEUED / (0.75 * slowest) + 3 * BUDGET / slowest
+    most = 2 * QUEUED / (0.75 * slowest) + 3 * BUDGET / slowest
     told = fast.waits + slow.waits
-    # Seven tenths of what the machine does are promised; where it does less than that of its usual, as it
-    # has other work, who was told to come then finds no room.
-    missing = np.maximum(0, 0.7 - all_rates / np.median(all_rates)).mean()
+    # Six tenths of what the machine does are promised; where it does less than that of what it has done
+    # before, as it has other work, who was told to come then finds no room.
+    missing = np.maximum(0, 0.6 - all_rates / np.maximum.accumulate([first_rate, *all_rates])[:-1]).mean()
     show(
         f"{SECONDS:g} s of ten times as many clients as can be held ({10 * held} interactive): {rate:.0f} "
         f"tokens/s answered, {slowest:.0f} in the slowest 5 s; "
@@ -312,11 +314,9 @@ async def test_ten_times_as_much_as_can_be_done(serving, session):
     assert cosines.min() > 0.9999
     assert fast.refused > 10 * held / 2, "else it was no overload"
     assert p99 < most
-    assert p99 < 2 * (1.5 * QUEUED / (0.75 * rate) + 3 * BUDGET / rate), (
-        "slow for a while, not for most of it"
-    )
+    assert p99 < 2 * (2 * QUEUED / (0.75 * rate) + 3 * BUDGET / rate), "slow for a while, not for most of it"
     assert slow.tokens > 0.15 * (fast.tokens + slow.tokens), "a quarter is its share"
-    assert fast.in_vain + slow.in_vain <= (0.03 + 3 * missing) * (fast.refused + slow.refused)
+    assert fast.in_vain + slow.in_vain <= (0.03 + missing) * (fast.refused + slow.refused)
     assert serving.get("/ready")[0] == 200
     assert stages(serving) == processes, "a busy stage is not taken for a dead one"
     assert "loaded anew" not in serving.output.read_text()
