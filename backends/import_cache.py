@@ -15,15 +15,14 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from backends.import_hooks import after_import
 
 _MODULE = "transformers.utils.import_utils"
 _FUNCTION = "create_import_structure_from_path"
@@ -37,33 +36,15 @@ Read = Callable[[Any], Structure]
 
 def install() -> None:
     """From now on a first import of transformers uses the cache."""
-    if _MODULE not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    after_import(_MODULE, _use_cache)
 
 
-class _Finder(MetaPathFinder):
-    """Finds the one module as Python does, and has its function replaced as soon as it is there."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _MODULE:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_replace(module: ModuleType) -> None:
-            execute(module)
-            read = getattr(module, _FUNCTION, None)
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                version = importlib.metadata.version("transformers")
-                if read is not None:
-                    setattr(module, _FUNCTION, keep(read, version))
-
-        spec.loader.exec_module = execute_and_replace  # type: ignore[method-assign]
-        return spec
+def _use_cache(module: ModuleType) -> None:
+    read = getattr(module, _FUNCTION, None)
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("transformers")
+        if read is not None:
+            setattr(module, _FUNCTION, keep(read, version))
 
 
 def keep(read: Read, version: str) -> Read:

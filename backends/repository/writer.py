@@ -21,7 +21,11 @@ _MODEL = '''"""{summary}"""
 
 import gc
 
-gc.disable()  # Until the stage is loaded: Stage.initialize() enables it.
+from backends import lean_imports
+
+# Until the stage is loaded: Stage.initialize() ends both.
+gc.disable()
+lean_imports.install()
 
 from {module} import {name} as TritonPythonModel  # noqa: E402
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from backends import lean_imports
 from backends.checkpoint import Checkpoint
 from backends.contract import NOT_WELL, ErrorCode
 from backends.errors import BackendError, RequestError
@@ -78,6 +79,7 @@ class Stage(ABC):
         except BackendError as error:
             # The server prints the text of this exception as the reason why the entry is not ready.
             raise pb_utils.TritonModelException(str(error)) from error
+        lean_imports.finish()
         if not gc.isenabled():
             # The process is this stage's own, and its model.py has put that off. What lives by now lives for
             # ever: to look through all of torch for garbage takes 0.2 s, in which no request is answered.

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends import device, import_cache, shared_prefix
+from backends import device, lean_imports, shared_prefix
 from backends.contract import (
     FIRST_LENGTH,
     GRID,
@@ -100,8 +100,6 @@ class EncoderStage(ContinuousStage[_Work]):
     """Runs the family's model on sequences of all requests that wait."""
 
     def setup(self, context: StageContext) -> None:
-        # Before transformers is imported.
-        import_cache.install()
         options = context.options
         self.threads = options.threads or len(os.sched_getaffinity(0))
         # Set before the first operation: the thread pool keeps the size that it was born with.
@@ -118,7 +116,9 @@ class EncoderStage(ContinuousStage[_Work]):
         causality = family.causality(config, options.causal, options.model_type)
 
         def load(attention: str | None) -> torch.nn.Module:
-            return family.load(context.checkpoint, attention, dtype, self.device, causality)
+            return lean_imports.with_meta_kernels(
+                lambda: family.load(context.checkpoint, attention, dtype, self.device, causality)
+            )
 
         self.checkpoint = context.checkpoint
         self.row = only_row(context.checkpoint, context.heads)

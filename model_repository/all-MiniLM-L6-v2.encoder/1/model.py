@@ -2,7 +2,11 @@
 
 import gc
 
-gc.disable()  # Until the stage is loaded: Stage.initialize() enables it.
+from backends import lean_imports
+
+# Until the stage is loaded: Stage.initialize() ends both.
+gc.disable()
+lean_imports.install()
 
 from backends.stages.encoder import EncoderStage as TritonPythonModel  # noqa: E402
 

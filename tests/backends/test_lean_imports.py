@@ -1,0 +1,148 @@
+"""Imports of torch and transformers in processes of their own, as each stage does them."""
+
+import json
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+BEGIN = """
+import json, sys
+if {is_lean}:
+    from backends import lean_imports
+    lean_imports.install()
+import torch
+"""
+ASKED = """
+from transformers.models.llama import modeling_llama
+import transformers.masking_utils
+names = ["sympy", "torch._dynamo.guards", "torch.distributed.tensor", "torch._decomp.decompositions"]
+print(json.dumps([name for name in names if name in sys.modules]))
+"""
+# The frequencies of this kind of RoPE are made of torch.where, also where tensors have no data.
+LLAMA = """
+from transformers import AutoModel, LlamaConfig, LlamaModel
+rope = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=16)
+torch.manual_seed(0)
+sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+LlamaModel(LlamaConfig(**sizes, rope_parameters=rope)).save_pretrained("{folder}")
+def load():
+    return AutoModel.from_pretrained("{folder}")
+"""
+
+
+def run(code, *, is_lean=True, **names):
+    """What the code prints, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", (BEGIN + code).format(is_lean=is_lean, **names)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_what_is_left_out():
+    assert run(ASKED) == []
+    assert len(run(ASKED, is_lean=False)) == 4, "else there is nothing to leave out"
+
+
+def test_a_model_that_needs_kernels_which_were_left_out(tmp_path):
+    tell = "print(json.dumps(made(torch.arange(9)[None]).last_hidden_state.flatten().tolist()))"
+    fails = """
+try:
+    load()
+except NotImplementedError as error:
+    assert "aten::where" in str(error)
+else:
+    raise AssertionError("nothing was missing")
+made = lean_imports.with_meta_kernels(load)
+"""
+    lean = run(LLAMA + fails + tell, folder=tmp_path / "lean")
+    plain = run(LLAMA + "made = load()\n" + tell, is_lean=False, folder=tmp_path / "plain")
+    assert lean == plain
+
+
+def test_an_error_of_the_model_itself_is_raised_once():
+    assert run("""
+calls = []
+def make():
+    module = sys.modules.get("torch._meta_registrations")
+    calls.append(module is not None and module.__spec__ is not None)
+    raise NotImplementedError
+for _ in range(2):
+    try:
+        lean_imports.with_meta_kernels(make)
+    except NotImplementedError:
+        pass
+print(json.dumps(calls))
+""") == [False, True, True]
+
+
+USES = [
+    "torch.compile(lambda x: x + 1, backend='aot_eager')(torch.ones(2))",
+    "import torch._dynamo.config; assert torch._dynamo.config is sys.modules['torch._dynamo.config']",
+    "import torch._dynamo.backends.debugging as found; assert found.aot_eager",
+    "from torch._dynamo import guards; assert guards.GuardBuilder",
+    "import torch._dynamo\nfrom transformers.masking_utils import TransformGetItemToIndex as C\nC()",
+]
+
+
+def test_who_asks_for_the_compiler_gets_it_whole():
+    """Before the stage is loaded and after, each in a copy of a process that has imported transformers."""
+    assert run(f"""
+from transformers.models.bert import modeling_bert
+import os, traceback
+def check(use):
+    exec(use, dict(globals()))
+    compiler = sys.modules["torch._dynamo"]
+    assert compiler.guards is sys.modules["torch._dynamo.guards"]
+    assert torch._dynamo is compiler and compiler.__spec__ is not None
+    assert torch._meta_registrations.__spec__ is not None
+def ends_well(use):
+    child = os.fork()
+    if child == 0:
+        try:
+            check(use)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+assert "torch._dynamo.guards" not in sys.modules and not ends_well("pass")
+uses = {USES}
+found = [ends_well(use) for use in uses]
+lean_imports.finish()
+print(json.dumps(found + [ends_well(use) for use in uses[:2]]))
+""") == [True] * (len(USES) + 2)
+
+
+def test_decorators_of_the_compiler_do_nothing():
+    assert run("""
+def function(): return 1
+found = [torch.compiler.disable(function) is function,
+         torch._dynamo.disable(recursive=False)(function) is function,
+         torch._dynamo.allow_in_graph(function)()]
+from torch._dynamo import assume_constant_result
+found += [assume_constant_result(function)(), "torch._dynamo.guards" in sys.modules]
+lean_imports.finish()
+found += [torch.compiler.disable(function) is function, "torch._dynamo.guards" in sys.modules]
+print(json.dumps(found))
+""") == [True, True, 1, 1, False, False, True]
+
+
+def test_a_process_that_has_torch_stays_as_it_is():
+    assert run(
+        """
+from backends import lean_imports
+before = set(sys.modules), list(sys.meta_path)
+lean_imports.install()
+lean_imports.finish()
+is_real = torch._meta_registrations.__spec__ is not None
+print(json.dumps([before == (set(sys.modules), sys.meta_path), is_real]))
+""",
+        is_lean=False,
+    ) == [True, True]
