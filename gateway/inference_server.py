@@ -59,11 +59,15 @@ _LIVE_TIMEOUT_S = 1.0
 _ONE_TOKEN = {INPUT_IDS: 0, LENGTH: 1, KEY_LENGTH: 1, FIRST_LENGTH: 1, PROMPT_LENGTH: 0}
 
 
+def has_status(error: InferenceServerException, code: grpc.StatusCode) -> bool:
+    """Whether a call ended with this status, of which tritonclient gives the name."""
+    return bool(error.status() == f"StatusCode.{code.name}")
+
+
 def is_not_loaded(error: InferenceServerException) -> bool:
     """Whether the server says that it has no such model, or that it has it no more."""
-    status, message = error.status(), error.message() or ""
-    return status == f"StatusCode.{grpc.StatusCode.NOT_FOUND.name}" or (
-        status == f"StatusCode.{grpc.StatusCode.UNAVAILABLE.name}" and bool(_NOT_LOADED.search(message))
+    return has_status(error, grpc.StatusCode.NOT_FOUND) or (
+        has_status(error, grpc.StatusCode.UNAVAILABLE) and bool(_NOT_LOADED.search(error.message() or ""))
     )
 
 
@@ -113,9 +117,7 @@ class InferenceServer:
             await self.client.infer(entry, inputs, client_timeout=timeout_s)
         except InferenceServerException as error:
             pulse = self._read(entry, error)
-            is_fault = (
-                pulse is Pulse.ALIVE and error.status() == f"StatusCode.{grpc.StatusCode.INTERNAL.name}"
-            )
+            is_fault = pulse is Pulse.ALIVE and has_status(error, grpc.StatusCode.INTERNAL)
             return Pulse.UNWELL if is_fault else pulse
         return Pulse.ALIVE
 
@@ -127,8 +129,8 @@ class InferenceServer:
             return False
 
     def _read(self, entry: str, error: InferenceServerException) -> Pulse:
-        message, status = error.message() or "", error.status()
-        if status is None:
+        message = error.message() or ""
+        if error.status() is None:
             # The client's own.
             raise error
         if DEAD_STUB.search(message):
@@ -140,11 +142,11 @@ class InferenceServer:
             and failure.message.startswith(NOT_WELL)
         ):
             return Pulse.UNWELL
-        if status == f"StatusCode.{grpc.StatusCode.DEADLINE_EXCEEDED.name}":
+        if has_status(error, grpc.StatusCode.DEADLINE_EXCEEDED):
             return Pulse.SILENT
         if is_not_loaded(error) or _NOT_LOADED.search(message):
             return Pulse.MISSING
-        if status == f"StatusCode.{grpc.StatusCode.UNAVAILABLE.name}":
+        if has_status(error, grpc.StatusCode.UNAVAILABLE):
             return Pulse.UNREACHABLE
         # An error is an answer. Of an entry that was written anew the inputs may be others.
         self._inputs.pop(entry, None)
@@ -245,7 +247,7 @@ class InferenceServer:
         try:
             await self.client.unload_model(entry, client_timeout=_UNLOAD_TIMEOUT_S)
         except InferenceServerException as error:
-            if error.status() == f"StatusCode.{grpc.StatusCode.DEADLINE_EXCEEDED.name}":
+            if has_status(error, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise LoadFailed(
                     f"the server {self.address} did not unload it within {_UNLOAD_TIMEOUT_S:g} s, as it does "
                     "not where a process stands still that cannot be ended from here; restart that server"

@@ -19,7 +19,7 @@ from gateway.availability import Availability
 from gateway.batches import Array
 from gateway.context import current
 from gateway.errors import GatewayError, ModelLost, Unavailable
-from gateway.inference_server import InferenceServer
+from gateway.inference_server import InferenceServer, has_status
 from gateway.pipeline import Pipeline
 from gateway.server_errors import explain, not_answering
 
@@ -59,7 +59,7 @@ class ServerCalls:
             error = next(answer for answer in answers if isinstance(answer, BaseException))
             if not isinstance(error, InferenceServerException):
                 raise error
-            if error.status() == f"StatusCode.{grpc.StatusCode.DEADLINE_EXCEEDED.name}":
+            if has_status(error, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise Unavailable(
                     f"the inference server did not list its models within {_LIST_TIMEOUT_S:g} s; try again "
                     "in a while"

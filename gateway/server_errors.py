@@ -17,7 +17,7 @@ from gateway.errors import (
     TimedOut,
     Unavailable,
 )
-from gateway.inference_server import DEAD_STUB, is_not_loaded
+from gateway.inference_server import DEAD_STUB, has_status, is_not_loaded
 from gateway.urgency import time_limit
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ _PYTHON_FAULT = re.compile(r"(?s)(?<=message: )\w*(?:Error|Exception)\b.*")
 
 def explain(error: InferenceServerException, subject: str, timeout_s: float) -> GatewayError:
     """A status of the server -> the error that the client sees."""
-    status = error.status() or ""
     message = error.message() or ""
     failure = StageFailure.parse(message)
     if failure is not None and failure.code is ErrorCode.OUT_OF_MEMORY:
@@ -44,17 +43,22 @@ def explain(error: InferenceServerException, subject: str, timeout_s: float) -> 
     if failure is None and DEAD_STUB.search(message):
         logger.debug("%s: %s", subject, message)
         return not_answering(subject)
-    if status == _status(grpc.StatusCode.DEADLINE_EXCEEDED):
+    if has_status(error, grpc.StatusCode.DEADLINE_EXCEEDED):
         return TimedOut(f"{subject} did not answer within {timeout_s:g} s; send fewer or shorter inputs")
     if is_not_loaded(error):
         lost = ModelLost(f"the model {subject} is not loaded at the moment; try again in a while")
         lost.is_unloaded = True
         return lost
-    if status == _status(grpc.StatusCode.UNAVAILABLE):
+    if has_status(error, grpc.StatusCode.UNAVAILABLE):
         logger.debug("%s: %s", subject, message)
         return ModelLost("the inference server cannot be reached at the moment; try again in a while")
     # What a stage's exception says may be a piece of a text.
-    logger.error("%s: %s %s", subject, status, _PYTHON_FAULT.sub("(the server's log tells more)", message))
+    logger.error(
+        "%s: %s %s",
+        subject,
+        error.status() or "",
+        _PYTHON_FAULT.sub("(the server's log tells more)", message),
+    )
     return ServerFault("the model failed on this request; the server's log tells why")
 
 
@@ -69,7 +73,3 @@ def _no_shared_memory(subject: str) -> Unavailable:
         "fewer or shorter ones at a time, or try again in a while (the operator can give the container more "
         "of it with --shm-size, or lower --max-batch-tokens)"
     )
-
-
-def _status(code: grpc.StatusCode) -> str:
-    return f"StatusCode.{code.name}"

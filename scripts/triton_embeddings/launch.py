@@ -28,7 +28,7 @@ from triton_embeddings.heartbeat import Heartbeat
 from triton_embeddings.preflight import check_packages, check_paths, check_strangers, read_gateway_settings
 from triton_embeddings.process import Child, Stop
 from triton_embeddings.server_binary import find_server, state_directory
-from triton_embeddings.server_log import explain_exit
+from triton_embeddings.server_log import explain_exit, unloaded
 from triton_embeddings.serving_note import noted
 from triton_embeddings.shared_memory import SHARED_MEMORY, warn_of_small
 from triton_embeddings.supervisor import Supervised
@@ -38,6 +38,8 @@ _POLL_INTERVAL_S = 0.1
 _SERVER_EXIT_TIMEOUT_S = 10
 # A model of several billion parameters takes minutes to read from a slow disk.
 _START_TIMEOUT_S = 1800
+# How often a person is told what a long start waits for.
+_PATIENCE_S = 30.0
 # A model that is loaded but fails every request will not mend itself.
 _FAILURE_PATIENCE_S = 10
 # Where a first request to a model goes, by what the model serves.
@@ -111,7 +113,7 @@ def launch(
         stack.callback(gateway.stop, settings.drain_timeout_s + 5)
         started = time.monotonic()
         with console.status("loading the models") if console.is_terminal else nullcontext():
-            is_ready = _wait_until_ready(addresses, (triton, gateway), log, stop)
+            is_ready = _wait_until_ready(addresses, (triton, gateway), log, stop, console)
         if is_ready:
             console.print(f"loaded in {time.monotonic() - started:.1f} s")
             _introduce(console, addresses, log, access, starter_key)
@@ -178,12 +180,16 @@ def gateway_environment(
     }
 
 
-def _wait_until_ready(addresses: Addresses, processes: Sequence[Supervised], log: Path, stop: Stop) -> bool:
-    """True when every model has answered, False when it was told to stop before that.
+def _wait_until_ready(
+    addresses: Addresses, processes: Sequence[Supervised], log: Path, stop: Stop, console: Console
+) -> bool:
+    """True when every model has answered, False when it was told to stop before that. Says now and then what
+    it waits for.
 
     Raises CommandError when a process ends, or when a model that is loaded keeps failing.
     """
-    deadline = time.monotonic() + _START_TIMEOUT_S
+    started = time.monotonic()
+    deadline, tell_at = started + _START_TIMEOUT_S, started + _PATIENCE_S
     failing_since: dict[str, float] = {}
     while time.monotonic() < deadline:
         for process in processes:
@@ -198,9 +204,24 @@ def _wait_until_ready(addresses: Addresses, processes: Sequence[Supervised], log
                 raise CommandError(
                     f"the model {name} is loaded but fails: {failures[name]} (the server's log: {log})"
                 )
+        if time.monotonic() >= tell_at:
+            tell_at += _PATIENCE_S
+            waited = f"after {time.monotonic() - started:.0f} s"
+            console.print(f"{waited}: {describe_start(body, log)}", soft_wrap=True, highlight=False)
         if stop.wait(_POLL_INTERVAL_S):
             return False
     raise CommandError(f"the models did not answer within {_START_TIMEOUT_S} s; the server's log is {log}")
+
+
+def describe_start(ready: Mapping[str, Any], log: Path) -> str:
+    """What a start waits for, given what the gateway's /ready said, if it did."""
+    if entries := unloaded(log):
+        return f"still loading {', '.join(entries)} (the server's log: {log})"
+    models = {name: model["reason"] for name, model in ready.get("models", {}).items() if model["reason"]}
+    if models:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in models.items())
+        return f"the models are loaded, and have not answered yet ({reasons})"
+    return f"the server does not answer yet (its log: {log})"
 
 
 def _explain(child: Child, log: Path) -> str:

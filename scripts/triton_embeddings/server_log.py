@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 
 _LOAD_ERROR = re.compile(r"failed to load '(?P<entry>[^']+)' version \d+: (?P<status>[^:]+): (?P<text>.*)")
+_LOADING = re.compile(r'"loading: (?P<entry>.+):\d+"')
+_LOADED = re.compile(r"successfully loaded '(?P<entry>[^']+)'")
 _MISSING_STEP = re.compile(
     r"ensemble '?(?P<model>[^' ]+)'? (?P<text>contains models that are not available.*)"
 )
@@ -35,6 +37,17 @@ def explain_exit(name: str, exit_code: int, log: Path) -> str:
                 )
     how = f"was killed by {_signal(-exit_code)}" if was_killed else f"ended with exit code {exit_code}"
     return f"{name} {how} (the server's log: {log})"
+
+
+def unloaded(log: Path) -> list[str]:
+    """The entries that the server has begun to load, and neither loaded nor given up."""
+    entries: dict[str, None] = {}
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
+        if found := _LOADING.search(line):
+            entries[found["entry"]] = None
+        elif found := _LOADED.search(line) or _LOAD_ERROR.search(line):
+            entries.pop(found["entry"], None)
+    return list(entries)
 
 
 def _signal(number: int) -> str:

@@ -1,7 +1,7 @@
 import pytest
 
 from triton_embeddings.addresses import Addresses
-from triton_embeddings.launch import gateway_environment
+from triton_embeddings.launch import describe_start, gateway_environment
 
 ADDRESSES = Addresses("127.0.0.1", 1, 2, 3, 4)
 
@@ -26,3 +26,29 @@ def test_flags_win_over_the_environment_and_leave_the_rest_of_it(monkeypatch, fl
 def test_what_nobody_sets_is_not_set(monkeypatch):
     monkeypatch.delenv("GATEWAY_IMAGE_HOSTS", raising=False)
     assert "GATEWAY_IMAGE_HOSTS" not in gateway_environment(ADDRESSES, {})
+
+
+LOG = """\
+I1126 17:24:30.227091 18383 model_lifecycle.cc:472] "loading: a.b.dense:1"
+I1126 17:24:30.231638 18383 model_lifecycle.cc:472] "loading: a.b.encoder:1"
+I1126 17:24:30.232613 18383 python_be.cc:2249] "TRITONBACKEND_ModelInstanceInitialize: a.b.encoder_0_0 (CPU)"
+I1126 17:24:30.233335 18383 model_lifecycle.cc:472] "loading: a.b.tokenizer:1"
+I1126 17:24:37.242804 18383 model_lifecycle.cc:839] "successfully loaded 'a.b.dense'"
+E1126 17:24:37.242804 18383 model_lifecycle.cc:642] "failed to load 'a.b.tokenizer' version 1: Internal: why"
+"""
+DONE = """\
+I1126 17:24:40.551545 18383 model_lifecycle.cc:839] "successfully loaded 'a.b.encoder'"
+"""
+
+
+def test_a_long_start_says_what_it_waits_for(tmp_path):
+    log = tmp_path / "server.log"
+    assert describe_start({}, log) == f"the server does not answer yet (its log: {log})"
+    log.write_text(LOG)
+    assert describe_start({}, log) == f"still loading a.b.encoder (the server's log: {log})"
+    log.write_text(LOG + DONE)
+    assert describe_start({"models": {}, "reason": "no"}, log).startswith("the server does not answer yet")
+    models = {"x": {"reason": None}, "y": {"reason": "it has not answered yet"}}
+    assert describe_start({"models": models}, log) == (
+        "the models are loaded, and have not answered yet (y: it has not answered yet)"
+    )
