@@ -53,7 +53,7 @@ def test_hidden_states_of_a_usual_width_fill_it_and_every_answer_is_right_or_say
     with serve(tmp_path / "output", *arguments, command=COMMAND_IN_IT) as serving:
         said = serving.output.read_text()
         assert "/dev/shm has 64 MiB, and the models may need 256 MiB" in said
-        texts = [f"text {i} of a list of words that takes room " * 12 for i in range(256)]
+        texts = [f"text {i} of a list of words that takes room " * 12 for i in range(96)]
 
         def ask(count: int, path: str = "/v1/embeddings") -> tuple[int, str]:
             field = "input" if path == "/v1/embeddings" else "inputs"
@@ -70,17 +70,17 @@ def test_hidden_states_of_a_usual_width_fill_it_and_every_answer_is_right_or_say
             assert status == 200, body
             alone = np.concatenate([alone, [body["data"][0]["embedding"]]])
         told = []
-        for count in (8, 32, 256, 32, 8):
+        for count in (8, 32, 96, 32, 8):
             status, reason = ask(count)
             tell(f"{count} texts of 1024 values a token with {SIZE} of /dev/shm: {status} {reason[:300]}")
             told.append(reason)
         assert any("--shm-size" in reason for reason in told), "a control: it was too small for some"
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(ask, [1, 64, 4, 256, 2, 16, 1, 8] * 3))
+            answers = list(pool.map(ask, [1, 64, 4, 96, 2, 16, 1, 8] * 3))
         tell(f"24 requests by 8 clients: {sorted(status for status, _ in answers)}")
         assert all("--shm-size" in reason for status, reason in answers if status == 503)
-        status, reason = ask(256, "/embed_all")
-        tell(f"all vectors of 256 texts: {status} {reason[:300]}")
+        status, reason = ask(96, "/embed_all")
+        tell(f"all vectors of 96 texts: {status} {reason[:300]}")
         # Processes keep what they have taken, so there may be no room again for what went through before.
         assert ask(1)[0] == 200
         log = serving.server_log()

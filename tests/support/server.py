@@ -20,7 +20,7 @@ from typing import Any
 from tests.conftest import ROOT
 
 COMMAND = ROOT / ".venv" / "bin" / "triton-embeddings"
-START_TIMEOUT_S = 180
+START_TIMEOUT_S = 400
 NO_PINGS = {"GATEWAY_PING_INTERVAL_S": "3600"}
 """For tests that read how often a stage was asked: the gateway's pings count as well."""
 _SAMPLE = re.compile(r"(?P<name>\w+)(\{(?P<labels>.*)\})? (?P<value>\S+)")
