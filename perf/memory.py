@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import load
 import model
@@ -33,24 +33,35 @@ def name_of(command: str) -> str:
     return module[1] if module else Path(words[0]).name
 
 
-def processes(serving: Serving) -> dict[int, tuple[str, int, int]]:
-    """Process id -> name, PSS and RSS in MiB."""
-    found: dict[int, tuple[str, int, int]] = {}
+class Process(NamedTuple):
+    """Sizes are in MiB."""
+
+    name: str
+    pss: int
+    rss: int
+    own: int
+    """Of no file, and not of /dev/shm, which is mapped anew with each stage that is replaced."""
+
+
+def processes(serving: Serving) -> dict[int, Process]:
+    """By process id."""
+    found: dict[int, Process] = {}
     for pid, command in serving.descendants().items():
         try:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:  # it has just ended
             continue
-        if sizes := re.findall(r"^(?:Pss|Rss):\s+(\d+)", text, re.M):
-            rss, pss = (int(size) // 1024 for size in sizes)
-            found[pid] = (name_of(command), pss, rss)
+        if text:
+            sizes = dict(re.findall(r"^(Pss|Rss|Pss_Anon):\s+(\d+)", text, re.M))
+            pss, rss, own = (int(sizes[name]) // 1024 for name in ("Pss", "Rss", "Pss_Anon"))
+            found[pid] = Process(name_of(command), pss, rss, own)
     return found
 
 
 def sizes(serving: Serving) -> dict[str, tuple[int, int]]:
     """Name -> PSS and RSS in MiB; several processes of one stage count together."""
     found: dict[str, tuple[int, int]] = {}
-    for name, pss, rss in processes(serving).values():
+    for name, pss, rss, _ in processes(serving).values():
         before = found.get(name, (0, 0))
         found[name] = (before[0] + pss, before[1] + rss)
     return found

@@ -110,7 +110,7 @@ PLOTS: dict[str, Callable[[str], None]] = {
     "length": lambda name: lines(name, "way", "case", "us/token"),
     "hybrid": lambda name: bars(name, "load", "tokens/s"),
     "rerank": lambda name: bars(name, "load", "pairs/s"),
-    "soak": lambda name: over_time(name, "process", "minute", "PSS MiB"),
+    "soak": lambda name: over_time(name, "process", "minute", "own MiB"),
 }
 
 
@@ -121,11 +121,11 @@ def summary(name: str) -> str:
     if not rows:
         return text
     said = text.splitlines()[:2]
-    head = ["| process | minutes | PSS MiB at first | least | most | at last |", "|---|---|---|---|---|---|"]
+    head = ["| process | minutes | own MiB at first | least | most | at last |", "|---|---|---|---|---|---|"]
     body = []
     for one in dict.fromkeys(row["process"] for row in rows):
         own = [row for row in rows if row["process"] == one]
-        sizes = [int(row["PSS MiB"]) for row in own]
+        sizes = [int(row["own MiB"]) for row in own]
         ends = f"{sizes[0]} | {min(sizes)} | {max(sizes)} | {sizes[-1]}"
         body.append(f"| {one} | {float(own[-1]['minute']):.0f} | {ends} |")
     return "\n".join([*said, *head, *body])

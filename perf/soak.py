@@ -9,8 +9,9 @@ long among them. Some of their requests are the same each time, and so must be t
 many minutes: at first the server is killed, then in turn a stage of one of the tiny models is killed or
 halted; the default model's are left alone, to be seen for the whole time.
 
-A fifth of the time warms up. For every process that lived for most of what follows the slope of its memory is
-printed, in MiB an hour, with how far the memory itself went. Rows go to perf/results/soak.csv.
+A fifth of the time warms up. For every process that lived for most of what follows the slope of its own
+memory is printed, in MiB an hour, with how far the memory itself went: without files, and without /dev/shm,
+of which the server maps a new part with each stage that is replaced. Rows go to perf/results/soak.csv.
 """
 
 import argparse
@@ -37,8 +38,8 @@ from tests.support.server import Serving
 
 _SAMPLE_INTERVAL_S = 10.0
 _WARM_UP = 0.2
-Sample = tuple[float, dict[str, tuple[int, int]]]
-"""Minutes since the beginning, and PSS and RSS in MiB by process."""
+Sample = tuple[float, dict[str, memory.Process]]
+"""Minutes since the beginning, and what each process took."""
 Tally = collections.Counter[str]
 """How often what came."""
 
@@ -80,11 +81,12 @@ def sample(serving: Serving, samples: list[Sample], is_over: threading.Event) ->
     lives: collections.Counter[str] = collections.Counter()
     while True:
         found = {}
-        for pid, (name, pss, rss) in memory.processes(serving).items():
+        for pid, process in memory.processes(serving).items():
             if pid not in names:
-                lives[name] += 1
-                names[pid] = name if lives[name] == 1 else f"{name} ({lives[name]})"
-            found[names[pid]] = (pss, rss)
+                lives[process.name] += 1
+                many = lives[process.name]
+                names[pid] = process.name if many == 1 else f"{process.name} ({many})"
+            found[names[pid]] = process
         samples.append(((time.monotonic() - began) / 60, found))
         if is_over.wait(_SAMPLE_INTERVAL_S):
             return
@@ -138,13 +140,15 @@ async def faults(serving: Serving, every_s: float, end: float, tally: Tally) -> 
         await asyncio.sleep(every_s)
         found = await asyncio.to_thread(memory.processes, serving)
         stages = sorted(
-            pid for pid, (name, *_) in found.items() if "." in name and not name.startswith(server.NAME)
+            pid
+            for pid, process in found.items()
+            if "." in process.name and not process.name.startswith(server.NAME)
         )
         how = signal.SIGSTOP if number % 2 else signal.SIGKILL
         victim = chance.choice(stages)
         if number == 0:
-            (victim,) = [pid for pid, (name, *_) in found.items() if name == "tritonserver"]
-        tally[f"{how.name} of {found[victim][0]}"] += 1
+            (victim,) = [pid for pid, process in found.items() if process.name == "tritonserver"]
+        tally[f"{how.name} of {found[victim].name}"] += 1
         os.kill(victim, how)
         number += 1
 
@@ -154,20 +158,20 @@ def report(samples: list[Sample]) -> None:
     last = samples[-1][0]
     for name in sorted({name for _, found in samples for name in found}):
         points = [
-            (minute, found[name][0])
+            (minute, found[name].own)
             for minute, found in samples
             if name in found and minute >= _WARM_UP * last
         ]
         if len(points) > 2 and points[-1][0] - points[0][0] > 0.5 * last:
             minutes, sizes = zip(*points, strict=True)
             slope = 60 * statistics.linear_regression(minutes, sizes).slope
-            print(f"{name:<32} {slope:>+8.1f} MiB PSS an hour  [{min(sizes)}-{max(sizes)} MiB]")
+            print(f"{name:<32} {slope:>+8.1f} MiB of its own an hour  [{min(sizes)}-{max(sizes)} MiB]")
     rows = [
-        [f"{minute:.2f}", name, pss, rss]
+        [f"{minute:.2f}", name, process.pss, process.rss, process.own]
         for minute, found in samples
-        for name, (pss, rss) in sorted(found.items())
+        for name, process in sorted(found.items())
     ]
-    append("soak.csv", ["minute", "process", "PSS MiB", "RSS MiB"], rows)
+    append("soak.csv", ["minute", "process", "PSS MiB", "RSS MiB", "own MiB"], rows)
 
 
 if __name__ == "__main__":
