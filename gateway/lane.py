@@ -121,20 +121,25 @@ class LaneQueue:
         """
         if not self.requests:
             return True
-        tokens, size = self.charged + price.tokens, self.bytes + price.size
+        size = self.bytes + price.size
         if self.places and self.places.take(key(), now):
             # The server may have become slower than it was when it was promised.
+            tokens = self.charged + self._charge(price.tokens)
             return tokens <= self.most_tokens * _HONOURED and size <= self.most_bytes * _HONOURED
         promised = 0 if rate is None else self.promised(now, rate)
-        return tokens + promised <= self.most_tokens and size <= self.most_bytes
+        return self.charged + price.tokens + promised <= self.most_tokens and size <= self.most_bytes
 
     def keep_place(self, price: Price, key: Hashable, now: float, rate: float) -> float:
         """The seconds after which a request that has no room is to come back."""
         if not self.lacks_bytes(price):
-            return self.places.keep(key, price.tokens, now, self.charged / rate, rate)
+            return self.places.keep(key, self._charge(price.tokens), now, self.charged / rate, rate)
         # All bytes that wait are gone when all tokens are, and it takes as much of that as it has bytes.
         tokens = max(price.tokens, self.tokens * price.size // self.bytes)
         return self.places.keep(key, tokens, now, self.tokens / rate, rate)
+
+    def _charge(self, tokens: int) -> int:
+        """What so many of one request count for."""
+        return min(tokens, self.most_tokens // 2)
 
     def lacks_bytes(self, price: Price) -> bool:
         """Whether it is for its bytes that a request has no room."""
@@ -150,10 +155,9 @@ class LaneQueue:
 
     def count(self, tokens: int, size: int, *, before: int) -> None:
         """So much more (or less) of a request waits, of which `before` tokens did."""
-        most = self.most_tokens // 2
         self.tokens += tokens
         self.bytes += size
-        self.charged += min(before + tokens, most) - min(before, most)
+        self.charged += self._charge(before + tokens) - self._charge(before)
         self.requests += (before + tokens > 0) - (before > 0)
 
     def state(self) -> LaneState:

@@ -291,6 +291,29 @@ async def test_an_empty_lane_takes_anything_and_keeps_nobody_out_with_it():
     assert server.sent.index(("half of the bound", 100)) < 6, "they take turns"
 
 
+async def test_a_request_larger_than_the_bound_is_told_when_to_come_and_let_in_then():
+    """Though the lane is never empty."""
+    server = Server()
+    server.start("before", [100] * 30, SLOW)
+    for _ in range(10):
+        await server.answer(seconds=0.5)
+    rate = server.state.tokens_per_s
+    assert server.state.lanes[SLOW].queued_tokens == 1800
+    with pytest.raises(TooManyRequests, match="at most 4000 may, and this one has 9000") as caught:
+        await server.ask("huge", [100] * 90, SLOW, key="huge")
+    assert caught.value.retry_after_s == pytest.approx(1800 / rate)
+    server.start("others", [100] * 2, SLOW)
+    await settle()
+    server.clock.now += caught.value.retry_after_s
+    with pytest.raises(TooManyRequests):
+        await server.ask("another huge", [100] * 90, SLOW, key="another")
+    server.start("huge", [100] * 90, SLOW, key="huge")
+    await settle()
+    assert server.state.lanes[SLOW].queued_tokens == 11_000
+    assert server.state.lanes[SLOW].rejected == 2
+    await server.finish()
+
+
 async def test_the_rate_is_measured_while_the_server_is_busy_only():
     server = Server()
     server.start("alone", [100], FAST)
