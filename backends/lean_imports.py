@@ -2,19 +2,19 @@
 encoder, 1.3 s instead of 1.8 s for a head, and 75 MiB less memory for an encoder (2 cores, torch 2.13,
 transformers 5.23).
 
-Nothing is missing: what is left out stands in for itself until somebody asks for more of it than its
-decorators, and then it is imported whole.
-
 - torch's compiler, `torch._dynamo`. transformers marks some of its functions for it, which says nothing to a
-  process that compiles nothing.
+  process that compiles nothing. Who asks for more than these marks gets the compiler whole.
 - `torch.distributed` as far as transformers uses it, and with it DTensor and sympy. transformers is told that
   this build of torch has none, as some have not.
 - torch's Python kernels for tensors without data, of which the compiler needs many. What transformers makes
   models of has its kernels in C++, with few exceptions: see `with_meta_kernels`.
+
+A checkpoint's own code may need anything: `undo` brings it all back before that is loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +23,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, TypeVar
 
-from backends import import_cache
 from backends.import_hooks import after_import
 
 _COMPILER = "torch._dynamo"
@@ -38,27 +37,27 @@ T = TypeVar("T")
 
 
 def install() -> None:
-    """For a process that has imported neither, and is to serve a stage."""
+    """For a process that has not imported torch, and is to serve a stage."""
     if "torch" in sys.modules:
         return
-    import_cache.install()
-    after_import("transformers.utils.import_utils", _without_distributed)
-    helpers = ModuleType(_HELPERS)
-    setattr(helpers, _HELPER, _Helper)
-    for stand_in in (ModuleType(_META_KERNELS), _Compiler(_COMPILER), helpers):
+    for stand_in in (_MetaKernels(_META_KERNELS), _Compiler(_COMPILER), _Helpers(_HELPERS)):
         sys.modules[stand_in.__name__] = stand_in
     sys.meta_path.insert(0, _Finder())
+    after_import("transformers.utils.import_utils", _without_distributed)
 
 
 def finish() -> None:
-    """What is imported from now on gets the real modules. Without install() nothing happens."""
-    for name in (_HELPERS, _COMPILER, _META_KERNELS):
-        module = sys.modules.get(name)
-        if module is not None and _is_stand_in(module):
+    """From now on who imports the compiler gets the real one. Without install() nothing happens."""
+    for name in (_HELPERS, _COMPILER):
+        if isinstance(sys.modules.get(name), _StandIn):
             del sys.modules[name]
-    torch = sys.modules.get("torch")
-    if torch is not None and _META_KERNELS not in sys.modules:
-        vars(torch).pop(_META_KERNELS.rpartition(".")[2], None)
+
+
+def undo() -> None:
+    """From now on all is as without install(). Best called before transformers is imported."""
+    finish()
+    if _lacks_meta_kernels():
+        _real_meta_kernels()
 
 
 def with_meta_kernels(make: Callable[[], T]) -> T:
@@ -66,19 +65,14 @@ def with_meta_kernels(make: Callable[[], T]) -> T:
     try:
         return make()
     except NotImplementedError:
-        if _META_KERNELS in sys.modules and not _is_stand_in(sys.modules[_META_KERNELS]):
+        if not _lacks_meta_kernels():
             raise
-    _real(_META_KERNELS)
+    _real_meta_kernels()
     return make()
 
 
-def _is_stand_in(module: ModuleType) -> bool:
-    """What was read from a file has a specification."""
-    return module.__spec__ is None
-
-
 def _without_distributed(module: ModuleType) -> None:
-    if hasattr(module, _DISTRIBUTED):
+    if hasattr(module, _DISTRIBUTED) and _lacks_meta_kernels():
         setattr(module, _DISTRIBUTED, lambda: False)
 
 
@@ -87,60 +81,108 @@ def _unmarked(function: Callable[..., Any] | None = None, *_: Any, **__: Any) ->
     return _unmarked if function is None else function
 
 
-def _real(name: str) -> Any:
+def _real_compiler() -> ModuleType:
     finish()
-    return importlib.import_module(name)
+    return importlib.import_module(_COMPILER)
 
 
-class _Compiler(ModuleType):
-    """In place of the compiler."""
+def _lacks_meta_kernels() -> bool:
+    return isinstance(sys.modules.get(_META_KERNELS), _StandIn)
 
+
+def _real_meta_kernels() -> ModuleType:
+    if _lacks_meta_kernels():
+        del sys.modules[_META_KERNELS]
+    return importlib.import_module(_META_KERNELS)
+
+
+class _StandIn(ModuleType):
+    """In place of a module that was not imported."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        # Who only asks whether there is such a module finds one.
+        self.__spec__ = ModuleSpec(name, None)
+
+
+class _Compiler(_StandIn):
     def __getattr__(self, name: str) -> Any:
         if name in _MARKS and sys.modules.get(_COMPILER) is self:
             return _unmarked
         # Python itself asks modules for such names.
+        if name == "__path__":
+            return []
         if name.startswith("__"):
-            if name == "__path__":
-                return []
             raise AttributeError(name)
-        return getattr(_real(_COMPILER), name)
+        return getattr(_real_compiler(), name)
+
+
+class _MetaKernels(_StandIn):
+    """It stays: torch's own modules that import it expect it to be there, as it was before them."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(_real_meta_kernels(), name)
+
+
+class _Helpers(_StandIn):
+    def __getattr__(self, name: str) -> Any:
+        if name == _HELPER:
+            return _Helper
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _real_compiler()
+        return getattr(importlib.import_module(_HELPERS), name)
 
 
 class _Helper:
     """In place of the compiler's class of that name, of which this makes an instance."""
 
     def __new__(cls) -> Any:
-        return getattr(_real(_HELPERS), _HELPER)()
+        _real_compiler()
+        return getattr(importlib.import_module(_HELPERS), _HELPER)()
 
 
 class _Finder(MetaPathFinder):
-    """Brings what the compiler needs as soon as somebody imports it, and what of it stands there by then."""
+    """Brings what the compiler needs when it is imported, and the compiler when a part of it is.
+
+    Nothing is imported in here: Python holds the lock of all imports meanwhile.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname == _COMPILER:
-            sys.meta_path.remove(self)
-            _real(_META_KERNELS)
-            return None
-        if not fullname.startswith(f"{_COMPILER}."):
-            return None
-        compiler = _real(_COMPILER)
-        found = sys.modules.get(fullname)
-        if found is None:
-            return PathFinder.find_spec(fullname, compiler.__path__, target)
-        return ModuleSpec(fullname, _Found(found))
+        if fullname == _COMPILER and _lacks_meta_kernels():
+            spec = PathFinder.find_spec(fullname, path, target)
+            if spec is None or spec.loader is None:
+                return None
+            execute = spec.loader.exec_module
+
+            def execute_after_kernels(module: ModuleType) -> None:
+                _real_meta_kernels()
+                execute(module)
+
+            spec.loader.exec_module = execute_after_kernels  # type: ignore[method-assign]
+            return spec
+        is_part = fullname.startswith(f"{_COMPILER}.")
+        return ModuleSpec(fullname, _Part()) if is_part and _is_standing_in() else None
 
 
-class _Found(Loader):
-    """Gives a module that was imported meanwhile."""
+def _is_standing_in() -> bool:
+    return isinstance(sys.modules.get(_COMPILER), _StandIn)
 
-    def __init__(self, module: ModuleType) -> None:
-        self._module = module
-        self._spec = module.__spec__
+
+class _Part(Loader):
+    """Of the compiler: imports that whole, and the part from it."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return self._module
+        _real_compiler()
+        module = importlib.import_module(spec.name)
+        self._spec = module.__spec__
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec
+        # torch's modules of settings take nothing that is no setting, also not from Python.
+        with contextlib.suppress(AttributeError):
+            module.__spec__ = self._spec

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 _MOST_LANES = 16
 _MOST_PLACES = 10_000
 # Of the measured rate. A server on a shared machine becomes much slower within a minute, and who was told to
-# come would pile up: where it goes on at two fifths of its rate, 33 of 717 who came as told were refused with
-# 0.7 (and lane._HONOURED 1.5), none of 666 with this (tests/gateway/test_admission.py). What it does more
+# come would pile up: where it goes on at two fifths of its rate, 33 of 717 who were told came in vain with
+# 0.7 (and lane._HONOURED 1.5), of 666 nobody with this (tests/gateway/test_admission.py). What it does more
 # newcomers take.
 _PROMISED = 0.6
 # Who comes so much later than told has given up. A second is lost to a header of whole seconds.

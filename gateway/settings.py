@@ -105,14 +105,14 @@ class Settings(BaseSettings):
     """Of a model's tokens, where interactive and bulk requests wait; the rest is of bulk requests."""
     max_queued_tokens: int = Field(250_000, ge=1)
     """Tokens of interactive requests that wait for a model, in each gateway process; more are refused with
-    429, but for those who come back when they were told to, who may make it half as much again. About one
-    for two bytes of text; of one request no more than half of the bound is counted.
+    429, but for those who come back when they were told to, who may make it twice as much. About one for two
+    bytes of text; of one request no more than half of the bound is counted.
     """
     max_queued_bulk_tokens: int = Field(2_000_000, ge=1)
     """The same of bulk requests."""
     max_queued_bytes: int = Field(256 * 2**20, ge=1)
-    """Texts and images that wait for a model in each of the two lanes, in each gateway process; half as much
-    again where those who were told to come back do.
+    """Texts and images that wait for a model in each of the two lanes, in each gateway process; twice as
+    much where those who were told to come back do.
     """
     canary_interval_s: float = Field(5.0, gt=0)
     """How often a model without traffic is asked whether it still answers."""

@@ -21,6 +21,7 @@ from backends import lean_imports
 from backends.checkpoint import Checkpoint
 from backends.contract import NOT_WELL, ErrorCode
 from backends.errors import BackendError, RequestError
+from backends.heads.dense import has_own_code
 from backends.log_format import Formatter
 from backends.options import ServingOptions
 from backends.process_memory import give_back
@@ -73,6 +74,8 @@ class Stage(ABC):
             checkpoint = Checkpoint.read(
                 resolve(parameters[CHECKPOINT]), options.max_length, options.rerank_prompt
             )
+            if has_own_code(checkpoint):
+                lean_imports.undo()
             is_gpu = args["model_instance_kind"] == "GPU"
             device = f"cuda:{args['model_instance_device_id']}" if is_gpu else "cpu"
             self.setup(StageContext(args["model_name"], checkpoint, options, parameters, device))

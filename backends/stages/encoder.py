@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends import device, lean_imports, shared_prefix
+from backends import device, import_cache, lean_imports, shared_prefix
 from backends.contract import (
     FIRST_LENGTH,
     GRID,
@@ -100,6 +100,8 @@ class EncoderStage(ContinuousStage[_Work]):
     """Runs the family's model on sequences of all requests that wait."""
 
     def setup(self, context: StageContext) -> None:
+        # Before transformers is imported.
+        import_cache.install()
         options = context.options
         self.threads = options.threads or len(os.sched_getaffinity(0))
         # Set before the first operation: the thread pool keeps the size that it was born with.

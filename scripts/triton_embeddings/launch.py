@@ -221,7 +221,9 @@ def describe_start(ready: Mapping[str, Any], log: Path) -> str:
     if models:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in models.items())
         return f"the models are loaded, and have not answered yet ({reasons})"
-    return f"the server does not answer yet (its log: {log})"
+    if not ready:
+        return "the gateway does not answer yet"
+    return f"{ready['reason']} (the server's log: {log})"
 
 
 def _explain(child: Child, log: Path) -> str:

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 BEGIN = """
@@ -40,6 +42,7 @@ def run(code, *, is_lean=True, **names):
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -70,8 +73,7 @@ def test_an_error_of_the_model_itself_is_raised_once():
     assert run("""
 calls = []
 def make():
-    module = sys.modules.get("torch._meta_registrations")
-    calls.append(module is not None and module.__spec__ is not None)
+    calls.append(hasattr(sys.modules["torch._meta_registrations"], "__file__"))
     raise NotImplementedError
 for _ in range(2):
     try:
@@ -82,42 +84,108 @@ print(json.dumps(calls))
 """) == [False, True, True]
 
 
-USES = [
+COMPILER = [
     "torch.compile(lambda x: x + 1, backend='aot_eager')(torch.ones(2))",
     "import torch._dynamo.config; assert torch._dynamo.config is sys.modules['torch._dynamo.config']",
     "import torch._dynamo.backends.debugging as found; assert found.aot_eager",
     "from torch._dynamo import guards; assert guards.GuardBuilder",
     "from transformers.masking_utils import TransformGetItemToIndex as C; C(); import torch._dynamo",
 ]
-
-
-def test_who_asks_for_the_compiler_gets_it_whole():
-    """Before the stage is loaded and after, each in a copy of a process that has imported transformers."""
-    assert run(f"""
+KERNELS = [
+    "assert torch.vmap(lambda x: x.sum())(torch.ones(2, 3)).tolist() == [3, 3]",
+    "torch.func.jvp(torch.nn.functional.gelu, (torch.ones(2),), (torch.ones(2),))",
+    "import torch._refs; assert torch._refs.exp(torch.zeros(1)) == 1",
+    "import torch._decomp; assert torch._decomp.core_aten_decompositions()",
+    "from torch._meta_registrations import pooling_output_shape",
+    "assert torch._meta_registrations.pooling_output_shape",
+    "lean_imports.undo(); torch.where(torch.empty(1, device='meta') > 0, 1, 2)",
+    "import importlib.util; assert importlib.util.find_spec('torch._dynamo')",
+]
+CHECK = """
 from transformers.models.bert import modeling_bert
 import os, traceback
-def check(use):
-    exec(use, dict(globals()))
+def check_compiler():
     compiler = sys.modules["torch._dynamo"]
     assert compiler.guards is sys.modules["torch._dynamo.guards"]
-    assert torch._dynamo is compiler and compiler.__spec__ is not None
-    assert torch._meta_registrations.__spec__ is not None
-def ends_well(use):
+    assert torch._dynamo is compiler and compiler.__file__
+    assert torch._meta_registrations.__file__
+def ends_well(use, is_compiler=False):
     child = os.fork()
     if child == 0:
         try:
-            check(use)
+            exec(use, dict(globals()))
+            if is_compiler:
+                check_compiler()
         except BaseException:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
     return os.waitpid(child, 0)[1] == 0
-assert "torch._dynamo.guards" not in sys.modules and not ends_well("pass")
-uses = {USES}
+"""
+
+
+def test_who_asks_for_the_compiler_gets_it_whole():
+    """Before the stage is loaded and after, each in a copy of a process that has imported transformers."""
+    assert run(f"""{CHECK}
+assert "torch._dynamo.guards" not in sys.modules and not ends_well("pass", True)
+uses = {COMPILER}
+found = [ends_well(use, True) for use in uses]
+lean_imports.finish()
+print(json.dumps(found + [ends_well(use, True) for use in uses[:1]]))
+""") == [True] * (len(COMPILER) + 1)
+
+
+def test_what_needs_the_kernels_finds_them():
+    found = run(f"""{CHECK}
+uses = {KERNELS}
+assert not ends_well("torch.where(torch.empty(1, device='meta') > 0, 1, 2)")
 found = [ends_well(use) for use in uses]
 lean_imports.finish()
-print(json.dumps(found + [ends_well(use) for use in uses[:1]]))
-""") == [True] * (len(USES) + 1)
+print(json.dumps(found + [ends_well(use) for use in uses]))
+""")
+    assert found == [True] * 2 * len(KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "end"),
+    [
+        ("sympy", "torch._dynamo.config", ""),
+        ("torch._meta_registrations", "torch._dynamo", "lean_imports.finish()"),
+    ],
+)
+def test_threads_that_import_at_once_do_not_wait_for_each_other(one, other, end):
+    assert (
+        run(f"""
+import importlib, threading
+{end}
+begun = threading.Event()
+def first():
+    begun.set()
+    importlib.import_module("{one}")
+thread = threading.Thread(target=first)
+thread.start()
+begun.wait()
+assert importlib.import_module("{other}").__file__
+thread.join()
+print(json.dumps(torch._dynamo.guards.__name__))
+""")
+        == "torch._dynamo.guards"
+    )
+
+
+def test_a_checkpoints_own_code_finds_all_as_torch_has_it():
+    assert run("""
+lean_imports.undo()
+from transformers.utils import import_utils
+print(json.dumps([import_utils.is_torch_distributed_available(), bool(torch._meta_registrations.__file__)]))
+""") == [True, True]
+    assert (
+        run("""
+from transformers.utils import import_utils
+print(json.dumps(import_utils.is_torch_distributed_available()))
+""")
+        is False
+    )
 
 
 def test_decorators_of_the_compiler_do_nothing():
@@ -141,7 +209,7 @@ from backends import lean_imports
 before = set(sys.modules), list(sys.meta_path)
 lean_imports.install()
 lean_imports.finish()
-is_real = torch._meta_registrations.__spec__ is not None
+is_real = hasattr(torch._meta_registrations, "__file__")
 print(json.dumps([before == (set(sys.modules), sys.meta_path), is_real]))
 """,
         is_lean=False,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from backends import lean_imports
 from backends.errors import RequestError
 from backends.stages import response
 from backends.stages.base import Stage
@@ -18,7 +19,7 @@ from backends.stages.head import HeadStage
 from backends.stages.tokenizer import TokenizerStage
 from backends.tally import Count
 from tests.support import decoders
-from tests.support.checkpoints import bert, classifier, sentence_transformer
+from tests.support.checkpoints import bert, classifier, own_code, sentence_transformer
 from tests.support.fake_pb_utils import InferenceRequest, Request, TritonModelException, answers
 from tests.support.figures import show
 
@@ -36,6 +37,17 @@ def start(stage, path, **parameters):
         }
     )
     return stage
+
+
+def test_a_checkpoints_own_code_gets_torch_whole(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(lean_imports, "undo", lambda: calls.append("undo"))
+    monkeypatch.setattr(lean_imports, "finish", lambda: calls.append("finish"))
+    start(HeadStage(), sentence_transformer(tmp_path / "plain", {"pooling_mode": "mean"}), head="dense")
+    assert calls == ["finish"]
+    calls.clear()
+    start(HeadStage(), own_code(tmp_path / "own"), head="dense", trust_remote_code="true")
+    assert calls == ["undo", "finish"]
 
 
 @pytest.fixture

@@ -43,11 +43,13 @@ I1126 17:24:40.551545 18383 model_lifecycle.cc:839] "successfully loaded 'a.b.en
 
 def test_a_long_start_says_what_it_waits_for(tmp_path):
     log = tmp_path / "server.log"
-    assert describe_start({}, log) == f"the server does not answer yet (its log: {log})"
+    assert describe_start({}, log) == "the gateway does not answer yet"
     log.write_text(LOG)
     assert describe_start({}, log) == f"still loading a.b.encoder (the server's log: {log})"
     log.write_text(LOG + DONE)
-    assert describe_start({"models": {}, "reason": "no"}, log).startswith("the server does not answer yet")
+    assert describe_start({"models": {}, "reason": "no server"}, log) == (
+        f"no server (the server's log: {log})"
+    )
     models = {"x": {"reason": None}, "y": {"reason": "it has not answered yet"}}
     assert describe_start({"models": models}, log) == (
         "the models are loaded, and have not answered yet (y: it has not answered yet)"
