@@ -221,9 +221,9 @@ def describe_start(ready: Mapping[str, Any], log: Path) -> str:
     if models:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in models.items())
         return f"the models are loaded, and have not answered yet ({reasons})"
-    if not ready:
-        return "the gateway does not answer yet"
-    return f"{ready['reason']} (the server's log: {log})"
+    # An error of the gateway has no such field.
+    reason = ready.get("reason") or "the gateway does not answer yet"
+    return f"{reason} (the server's log: {log})"
 
 
 def _explain(child: Child, log: Path) -> str:

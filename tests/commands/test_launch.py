@@ -43,7 +43,9 @@ I1126 17:24:40.551545 18383 model_lifecycle.cc:839] "successfully loaded 'a.b.en
 
 def test_a_long_start_says_what_it_waits_for(tmp_path):
     log = tmp_path / "server.log"
-    assert describe_start({}, log) == "the gateway does not answer yet"
+    for nothing in ({}, {"error": "unexpected"}, {"models": {}, "reason": None}):
+        told = describe_start(nothing, log)
+        assert told == f"the gateway does not answer yet (the server's log: {log})"
     log.write_text(LOG)
     assert describe_start({}, log) == f"still loading a.b.encoder (the server's log: {log})"
     log.write_text(LOG + DONE)
