@@ -23,6 +23,7 @@ from rich.table import Table
 
 from gateway.access import Access, is_loopback
 from triton_embeddings.addresses import LOOPBACK, Addresses
+from triton_embeddings.dead_stages import DeadStages
 from triton_embeddings.errors import CommandError
 from triton_embeddings.heartbeat import Heartbeat
 from triton_embeddings.preflight import check_packages, check_paths, check_strangers, read_gateway_settings
@@ -100,6 +101,7 @@ def launch(
             lambda child: _explain(child, log),
             lambda: _clear_shared_memory(prefix),
             heartbeat,
+            DeadStages(prefix).reason_for_another_server,
         )
         stack.callback(triton.stop, _SERVER_EXIT_TIMEOUT_S + 5)
         gateway_command = [sys.executable, "-m", "gateway"]

@@ -13,7 +13,7 @@ from backends.options import ServingOptions
 from backends.repository.pbtxt import parse
 
 SHARED_MEMORY = Path("/dev/shm")
-_MIB = 2**20
+MIB = 2**20
 # A row for each token; other answers are small beside them.
 _WIDE = (HIDDEN, TOKEN_EMBEDDINGS)
 _BYTES = {"FP32": 4, "FP16": 2, "BF16": 2}
@@ -26,7 +26,7 @@ def warn_of_small(repository: Path) -> str | None:
     if size >= needed:
         return None
     return (
-        f"{SHARED_MEMORY} has {size // _MIB} MiB, and the models may need {-(-needed // _MIB)} MiB: large "
+        f"{SHARED_MEMORY} has {size // MIB} MiB, and the models may need {-(-needed // MIB)} MiB: large "
         "requests will be answered with 503; give the container more with --shm-size, or lower "
         "--max-batch-tokens (triton-embeddings add)"
     )

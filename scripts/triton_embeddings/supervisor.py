@@ -29,17 +29,20 @@ class Supervised:
         explain: Callable[[Child], str],
         clear: Callable[[], None] = lambda: None,
         heartbeat: Heartbeat | None = None,
+        worn_out: Callable[[], str | None] = lambda: None,
     ) -> None:
         """`explain` says why a child ended; `clear` takes away what a dead one left behind. A child whose
-        `heartbeat` has stopped is killed.
+        `heartbeat` has stopped is killed, and one that is `worn_out`, which says why.
         """
         self._start = start
         self._stop = stop
         self._explain = explain
         self._clear = clear
         self._heartbeat = heartbeat
+        self._worn_out = worn_out
         self._deaths: list[float] = []
         self._again_at: float | None = None
+        self._has_killed = False
         self.child = stop.watch_over(start())
 
     def look_at_start(self) -> None:
@@ -66,13 +69,14 @@ class Supervised:
             return
         if self.child.exit_code is None:
             if self._heartbeat is not None and self._heartbeat.has_stopped:
-                logger.warning(
-                    "%s takes connections but has answered none for 10 s; killing it", self.child.name
-                )
                 self._heartbeat.reset()
-                self.child.kill()
+                self._kill(f"{self.child.name} takes connections but has answered none for 10 s")
+            elif reason := self._worn_out():
+                self._kill(reason)
             return
-        reason = self._explain(self.child)
+        # The reason was told when it was killed.
+        reason = f"{self.child.name} was killed" if self._has_killed else self._explain(self.child)
+        self._has_killed = False
         # What a dead server has started lives on, and holds memory.
         self._stop.forget(self.child)
         self.child.kill()
@@ -83,6 +87,11 @@ class Supervised:
         backoff = min(_FIRST_BACKOFF_S * 2 ** (len(self._deaths) - 1), _LONGEST_BACKOFF_S)
         logger.warning("%s; starting it again in %g s", reason, backoff)
         self._again_at = now + backoff
+
+    def _kill(self, reason: str) -> None:
+        logger.warning("%s; killing it", reason)
+        self._has_killed = True
+        self.child.kill()
 
     def stop(self, timeout_s: float) -> None:
         """Asks the child to end, waits, and kills what is left."""

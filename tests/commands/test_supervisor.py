@@ -49,6 +49,28 @@ def test_a_child_that_ends_is_started_again(stop, monkeypatch):
     assert one.child.exit_code is not None
 
 
+def test_a_worn_out_child_is_killed_and_another_takes_its_place(stop, monkeypatch, caplog):
+    monkeypatch.setattr(supervisor, "_FIRST_BACKOFF_S", 0.01)
+    reasons = ["it holds too much"]
+    one = Supervised(
+        lambda: child("import time; time.sleep(60)"),
+        stop,
+        lambda c: f"ended with {c.exit_code}",
+        worn_out=lambda: reasons.pop() if reasons else None,
+    )
+    first = one.child
+    look_until(one.look, lambda: one.child is not first)
+    assert [record.getMessage() for record in caplog.records] == [
+        "it holds too much; killing it",
+        "it was killed; starting it again in 0.01 s",
+    ]
+    second = one.child
+    second.kill()
+    look_until(one.look, lambda: one.child is not second)
+    assert f"ended with {-signal.SIGKILL}; starting" in caplog.text, "what others kill is explained"
+    one.stop(5)
+
+
 def test_one_that_ends_again_and_again_is_given_up(stop, monkeypatch):
     monkeypatch.setattr(supervisor, "_FIRST_BACKOFF_S", 0.001)
     started = []

@@ -1,14 +1,17 @@
 """Where /dev/shm is as small as Docker makes it. Figures are printed (-s)."""
 
 import functools
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support.checkpoints import bert, sentence_transformer
 from tests.support.load import tell
-from tests.support.server import COMMAND, serve
+from tests.support.server import COMMAND, serve, wait_until
 
 # As a container has it that nobody gave more.
 SIZE = "64m"
@@ -86,3 +89,44 @@ def test_hidden_states_of_a_usual_width_fill_it_and_every_answer_is_right_or_say
         log = serving.server_log()
         assert "cannot be sent" not in log
         assert serving.stop(90) == 0
+
+
+def test_what_an_encoder_that_died_keeps_of_it_is_given_back(tmp_path):
+    """Its region is as large as its largest batch was, and the server keeps it for good (2.51)."""
+    base = functools.partial(
+        bert, max_length=512, hidden_size=384, num_hidden_layers=1, num_attention_heads=6
+    )
+    checkpoint = sentence_transformer(
+        tmp_path / "tiny", {"pooling_mode": "mean"}, transformer={"max_seq_length": 512}, base=base
+    )
+    texts = [f"text {i} of a list of words that takes room " * 20 for i in range(80)]
+    body = {"model": "tiny", "input": texts, "truncate": True}
+    with serve(tmp_path / "output", checkpoint, "--dtype", "float32", command=COMMAND_IN_IT) as serving:
+        status, answer = serving.post(body)
+        assert status == 200, answer
+        right = np.array([row["embedding"] for row in answer["data"]])
+        processes = serving.descendants()
+        (encoder,) = (pid for pid, said in processes.items() if "tiny.encoder/1/model.py" in said)
+        (server,) = (pid for pid, said in processes.items() if "--load-model=*" in said)
+        region = next(word for word in processes[encoder].split() if word.startswith("triton_embeddings_"))
+        # Seen from inside, for the mount is not ours.
+        file = Path(f"/proc/{serving.process.pid}/root/dev/shm/{region}")
+        before = file.stat().st_size >> 20
+        assert before > 16, "a control: more than what a stage that died may keep"
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(serving.post, body) for _ in range(16)]
+            wait_until(lambda: any(one.done() for one in asked), "an answer")
+            os.kill(encoder, signal.SIGKILL)
+            answers = [one.result() for one in asked]
+            statuses = sorted(status for status, _ in answers)
+            assert set(statuses) <= {200, 503}, answers
+        wait_until(lambda: not file.exists(), "its region to be given back", 120, serving.everything_said)
+        assert server not in serving.descendants(), "it took another server"
+        status, answer = serving.post(body)
+        assert status == 200, answer
+        np.testing.assert_allclose([row["embedding"] for row in answer["data"]], right, atol=1e-4)
+        said = serving.output.read_text()
+        told = [line for line in said.splitlines() if "tritonserver" in line and "again in" in line]
+        tell(f"\n{before} MiB of an encoder that died are back; 16 requests at its death: {statuses}; {told}")
+        # Sometimes its death is the server's own.
+        assert "of /dev/shm of a stage that died; killing it" in said or "SIGABRT" in said, said
