@@ -1,67 +1,110 @@
-"""What the processes of stages that died have left in /dev/shm and in the server.
+"""What a server still holds of stages whose processes died.
 
 Where a request was inside such a process, server 2.51 keeps the whole stage for good, though its entry was
-unloaded: the region through which they spoke, as large as the largest batch ever was, 36 threads and 0.7 MiB
-of its own. Only another server gives that back.
+unloaded: the region of /dev/shm through which they spoke, as large as the largest batch ever was, 36 threads
+and 0.7 MiB of its own. Only another server gives that back.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import shutil
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from triton_embeddings.shared_memory import MIB, SHARED_MEMORY
 
-# What stages that died may keep together: about 1200 threads, and of /dev/shm this part, or less of a
-# large one, for it is memory.
-_MOST = 32
-_LARGEST_PART = 0.25
-_MOST_BYTES = 256 * MIB
-# A region is there before its process, and after it: the server takes it away in a moment, or in a few where
-# the machine is busy.
-_DEAD_AFTER_S = 5.0
-_INTERVAL_S = 1.0
+# What dead stages may hold together: nearly 600 threads, this part of /dev/shm, and so much memory.
+_MOST = 16
+_LARGEST_PART = 1 / 8
+_MOST_BYTES = 1024 * MIB
+_INTERVAL_S = 5.0
+
+
+@dataclass
+class _Region:
+    stage: bytes
+    """The file of its model."""
+    alive_at: int
+    """The last look at which its process lived; looks are counted, and not seconds, for a busy machine."""
+    replaced_at: int | None = None
+    """The look that found a new process of the stage."""
 
 
 class DeadStages:
-    """Of a server whose regions have a prefix of their own."""
+    """Of servers, one after the other, whose regions have a prefix of their own."""
 
     def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-        self._since: dict[Path, float] = {}
+        self._prefix = os.fsencode(prefix)
         self._look_at = 0.0
+        self._looks = 0
+        self._known: dict[bytes, _Region] = {}
 
-    def reason_for_another_server(self) -> str | None:
-        """Why the server should be started again, where what it keeps of the dead is too much."""
-        now = time.monotonic()
-        if now < self._look_at:
-            return None
-        self._look_at = now + _INTERVAL_S
-        self._since = {region: self._since.get(region, now) for region in self._without_process()}
-        dead = [region for region, since in self._since.items() if now - since >= _DEAD_AFTER_S]
-        size = sum(map(_allocated, dead))
-        bound = min(_LARGEST_PART * shutil.disk_usage(SHARED_MEMORY).total, _MOST_BYTES)
-        if len(dead) < _MOST and size < bound:
-            return None
-        stages = "a stage" if len(dead) == 1 else f"{len(dead)} stages"
-        return f"tritonserver does not give back {size // MIB} MiB of {SHARED_MEMORY} of {stages} that died"
+    def reason_for_another_server(self, server: int) -> str | None:
+        """Why the server, told by its process group, should be started again: what it holds is too much.
 
-    def _without_process(self) -> set[Path]:
-        regions = {region.name.encode(): region for region in SHARED_MEMORY.glob(f"{self._prefix}*")}
-        if not regions:
-            return set()
-        # The server tells a process on its command line which region is its own.
-        for file in Path("/proc").glob("[0-9]*/cmdline"):
+        Looks now and then only. Where the system does not let it look, there is no reason.
+        """
+        if time.monotonic() < self._look_at:
+            return None
+        self._look_at = time.monotonic() + _INTERVAL_S
+        with contextlib.suppress(OSError):
+            return self._look(server)
+        return None
+
+    def _look(self, server: int) -> str | None:
+        self._looks += 1
+        sizes = self._sizes()
+        self._known = {name: region for name, region in self._known.items() if name in sizes}
+        started = set()
+        for stage, name in self._living(server):
+            if name not in self._known:
+                started.add(stage)
+                self._known[name] = _Region(stage, self._looks)
+            self._known[name].alive_at = self._looks
+        held = []
+        for name, region in self._known.items():
+            if region.alive_at == self._looks:
+                continue
+            if region.replaced_at is None and region.stage in started:
+                region.replaced_at = self._looks
+            # Until another is loaded its entry may not be unloaded yet, and then it goes in a moment.
+            if region.replaced_at is not None and region.replaced_at < self._looks:
+                held.append(sizes.get(name, 0))
+        if not held or (len(held) < _MOST and sum(held) < _bound()):
+            return None
+        stages = "a stage" if len(held) == 1 else f"{len(held)} stages"
+        return (
+            f"tritonserver does not give back {sum(held) // MIB} MiB of {SHARED_MEMORY} of {stages} that died"
+        )
+
+    def _sizes(self) -> dict[bytes, int]:
+        """Of all regions that are there, in bytes."""
+        found = {}
+        with os.scandir(os.fsencode(SHARED_MEMORY)) as entries:
+            for entry in entries:
+                if entry.name.startswith(self._prefix):
+                    with contextlib.suppress(FileNotFoundError):
+                        found[entry.name] = entry.stat(follow_symlinks=False).st_blocks * 512
+        return found
+
+    def _living(self, server: int) -> Iterator[tuple[bytes, bytes]]:
+        """Stage and region of each of the server's processes: they stand on its command line side by side."""
+        for pid in os.listdir("/proc"):
+            # Processes end while one looks at them. A stranger's is not read: that may wait for its memory's
+            # lock.
             with contextlib.suppress(OSError):
-                for word in file.read_bytes().split(b"\0"):
-                    regions.pop(word, None)
-        return set(regions.values())
+                if pid.isdigit() and os.getpgid(int(pid)) == server:
+                    words = Path("/proc", pid, "cmdline").read_bytes().split(b"\0")
+                    yield from (
+                        pair for pair in itertools.pairwise(words) if pair[1].startswith(self._prefix)
+                    )
 
 
-def _allocated(region: Path) -> int:
-    """Bytes; 0 where the server has just taken it away."""
-    with contextlib.suppress(FileNotFoundError):
-        return region.stat().st_blocks * 512
-    return 0
+def _bound() -> float:
+    # A size of 0 is none.
+    return min(_LARGEST_PART * shutil.disk_usage(SHARED_MEMORY).total or _MOST_BYTES, _MOST_BYTES)

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ def launch(
     state = state_directory()
     log = state / "log" / f"server-{addresses.grpc_port}.log"
     log.parent.mkdir(exist_ok=True)
-    prefix = f"triton_embeddings_{os.getpid()}_"
+    # Containers may share /dev/shm and have the same process ids.
+    prefix = f"triton_embeddings_{os.getpid()}_{secrets.token_hex(4)}_"
     with ExitStack() as stack:
         stack.callback(_clear_shared_memory, prefix)
         stack.enter_context(noted(addresses.grpc_port, repository))
@@ -295,4 +296,6 @@ def describe_access(addresses: Addresses, access: Access) -> str:
 def _clear_shared_memory(prefix: str) -> None:
     """The server leaves its regions behind when it is killed."""
     for region in SHARED_MEMORY.glob(f"{prefix}*"):
-        region.unlink(missing_ok=True)
+        # Another user's is none of the server's, whatever its name.
+        with suppress(PermissionError):
+            region.unlink(missing_ok=True)

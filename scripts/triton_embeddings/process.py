@@ -43,6 +43,11 @@ class Child:
         )
 
     @property
+    def pid(self) -> int:
+        """Of its process group and session, too."""
+        return self._process.pid
+
+    @property
     def exit_code(self) -> int | None:
         """None while it runs."""
         return self._process.poll()

@@ -29,10 +29,11 @@ class Supervised:
         explain: Callable[[Child], str],
         clear: Callable[[], None] = lambda: None,
         heartbeat: Heartbeat | None = None,
-        worn_out: Callable[[], str | None] = lambda: None,
+        worn_out: Callable[[int], str | None] = lambda pid: None,
     ) -> None:
         """`explain` says why a child ended; `clear` takes away what a dead one left behind. A child whose
-        `heartbeat` has stopped is killed, and one that is `worn_out`, which says why.
+        `heartbeat` has stopped is killed, and so is one of which `worn_out`, given its process id, says why;
+        that does not count as a death.
         """
         self._start = start
         self._stop = stop
@@ -42,7 +43,8 @@ class Supervised:
         self._worn_out = worn_out
         self._deaths: list[float] = []
         self._again_at: float | None = None
-        self._has_killed = False
+        self._killed_for: str | None = None
+        self._is_worn_out = False
         self.child = stop.watch_over(start())
 
     def look_at_start(self) -> None:
@@ -53,7 +55,7 @@ class Supervised:
         """
         code = self.child.exit_code
         if self._again_at is None and code is not None and (code >= 0 or self._deaths):
-            raise CommandError(self._explain(self.child))
+            raise CommandError(self._killed_for or self._explain(self.child))
         self.look()
 
     def look(self) -> None:
@@ -68,30 +70,35 @@ class Supervised:
                 self.child = self._stop.watch_over(self._start())
             return
         if self.child.exit_code is None:
-            if self._heartbeat is not None and self._heartbeat.has_stopped:
-                self._heartbeat.reset()
-                self._kill(f"{self.child.name} takes connections but has answered none for 10 s")
-            elif reason := self._worn_out():
-                self._kill(reason)
+            if self._killed_for is None:
+                self._judge()
             return
-        # The reason was told when it was killed.
-        reason = f"{self.child.name} was killed" if self._has_killed else self._explain(self.child)
-        self._has_killed = False
+        reason = self._killed_for or self._explain(self.child)
+        told = f"{self.child.name} was killed" if self._killed_for else reason
         # What a dead server has started lives on, and holds memory.
         self._stop.forget(self.child)
         self.child.kill()
         self._clear()
-        self._deaths = [*(at for at in self._deaths if now - at < _DEATHS_WITHIN_S), now]
+        self._deaths = [at for at in self._deaths if now - at < _DEATHS_WITHIN_S]
+        if not self._is_worn_out:
+            self._deaths.append(now)
         if len(self._deaths) >= _MOST_DEATHS:
             raise CommandError(f"{reason}; it ended {_MOST_DEATHS} times within {_DEATHS_WITHIN_S:g} s")
-        backoff = min(_FIRST_BACKOFF_S * 2 ** (len(self._deaths) - 1), _LONGEST_BACKOFF_S)
-        logger.warning("%s; starting it again in %g s", reason, backoff)
+        backoff = min(_FIRST_BACKOFF_S * 2 ** max(len(self._deaths) - 1, 0), _LONGEST_BACKOFF_S)
+        logger.warning("%s; starting it again in %g s", told, backoff)
         self._again_at = now + backoff
+        self._killed_for, self._is_worn_out = None, False
 
-    def _kill(self, reason: str) -> None:
-        logger.warning("%s; killing it", reason)
-        self._has_killed = True
-        self.child.kill()
+    def _judge(self) -> None:
+        """Kills what runs but is of no use."""
+        if self._heartbeat is not None and self._heartbeat.has_stopped:
+            self._heartbeat.reset()
+            self._killed_for = f"{self.child.name} takes connections but has answered none for 10 s"
+        elif reason := self._worn_out(self.child.pid):
+            self._killed_for, self._is_worn_out = reason, True
+        if self._killed_for:
+            logger.warning("%s; killing it", self._killed_for)
+            self.child.kill()
 
     def stop(self, timeout_s: float) -> None:
         """Asks the child to end, waits, and kills what is left."""

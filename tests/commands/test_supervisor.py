@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -51,24 +52,39 @@ def test_a_child_that_ends_is_started_again(stop, monkeypatch):
 
 def test_a_worn_out_child_is_killed_and_another_takes_its_place(stop, monkeypatch, caplog):
     monkeypatch.setattr(supervisor, "_FIRST_BACKOFF_S", 0.01)
-    reasons = ["it holds too much"]
+    judged = []
+
+    def worn_out(pid):
+        judged.append(pid)
+        return "it holds too much" if len(set(judged)) <= 6 else None
+
     one = Supervised(
         lambda: child("import time; time.sleep(60)"),
         stop,
         lambda c: f"ended with {c.exit_code}",
-        worn_out=lambda: reasons.pop() if reasons else None,
+        worn_out=worn_out,
     )
-    first = one.child
-    look_until(one.look, lambda: one.child is not first)
-    assert [record.getMessage() for record in caplog.records] == [
+    look_until(one.look, lambda: len(set(judged)) == 7)
+    assert len(judged) == 7, "one that was killed is judged no more"
+    assert [record.getMessage() for record in caplog.records] == 6 * [
         "it holds too much; killing it",
         "it was killed; starting it again in 0.01 s",
-    ]
-    second = one.child
-    second.kill()
-    look_until(one.look, lambda: one.child is not second)
+    ], "and that is no death of those after which it is given up"
+    seventh = one.child
+    seventh.kill()
+    look_until(one.look, lambda: one.child is not seventh)
     assert f"ended with {-signal.SIGKILL}; starting" in caplog.text, "what others kill is explained"
     one.stop(5)
+
+
+def test_the_reason_for_which_it_was_killed_is_told_at_the_start_too(stop, monkeypatch):
+    monkeypatch.setattr(supervisor, "_FIRST_BACKOFF_S", 0.01)
+    silence = SimpleNamespace(has_stopped=True, reset=lambda: None)
+    one = Supervised(
+        lambda: child("import time; time.sleep(60)"), stop, lambda c: "no memory", heartbeat=silence
+    )
+    with pytest.raises(CommandError, match=r"^it takes connections but has answered none for 10 s$"):
+        look_until(one.look_at_start, lambda: False)
 
 
 def test_one_that_ends_again_and_again_is_given_up(stop, monkeypatch):

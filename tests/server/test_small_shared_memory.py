@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,28 +106,36 @@ def test_what_an_encoder_that_died_keeps_of_it_is_given_back(tmp_path):
         status, answer = serving.post(body)
         assert status == 200, answer
         right = np.array([row["embedding"] for row in answer["data"]])
-        processes = serving.descendants()
-        (encoder,) = (pid for pid, said in processes.items() if "tiny.encoder/1/model.py" in said)
-        (server,) = (pid for pid, said in processes.items() if "--load-model=*" in said)
-        region = next(word for word in processes[encoder].split() if word.startswith("triton_embeddings_"))
-        # Seen from inside, for the mount is not ours.
-        file = Path(f"/proc/{serving.process.pid}/root/dev/shm/{region}")
-        before = file.stat().st_size >> 20
-        assert before > 16, "a control: more than what a stage that died may keep"
-        with ThreadPoolExecutor(8) as pool:
-            asked = [pool.submit(serving.post, body) for _ in range(16)]
-            wait_until(lambda: any(one.done() for one in asked), "an answer")
-            os.kill(encoder, signal.SIGKILL)
-            answers = [one.result() for one in asked]
-            statuses = sorted(status for status, _ in answers)
-            assert set(statuses) <= {200, 503}, answers
-        wait_until(lambda: not file.exists(), "its region to be given back", 120, serving.everything_said)
-        assert server not in serving.descendants(), "it took another server"
-        status, answer = serving.post(body)
-        assert status == 200, answer
-        np.testing.assert_allclose([row["embedding"] for row in answer["data"]], right, atol=1e-4)
-        said = serving.output.read_text()
-        told = [line for line in said.splitlines() if "tritonserver" in line and "again in" in line]
-        tell(f"\n{before} MiB of an encoder that died are back; 16 requests at its death: {statuses}; {told}")
-        # Sometimes its death is the server's own.
-        assert "of /dev/shm of a stage that died; killing it" in said or "SIGABRT" in said, said
+        # Sometimes a death is the server's own, and sometimes no request was inside.
+        for _ in range(6):
+            before = die_and_be_given_back(serving, body)
+            status, answer = serving.post(body)
+            assert status == 200, answer
+            np.testing.assert_allclose([row["embedding"] for row in answer["data"]], right, atol=1e-4)
+            told = r"does not give back \d+ MiB of /dev/shm of a stage that died; killing it"
+            if re.search(told, serving.output.read_text()):
+                break
+        else:
+            pytest.fail(serving.everything_said())
+        tell(f"{before} of 64 MiB of an encoder that died are back")
+
+
+def die_and_be_given_back(serving, body):
+    """Ends the encoder under load; how large its region was, in MiB."""
+    (encoder,) = (pid for pid, line in serving.descendants().items() if "tiny.encoder/1/model.py" in line)
+    words = Path(f"/proc/{encoder}/cmdline").read_text().split("\0")
+    region = next(word for word in words if word.startswith("triton_embeddings_"))
+    file = Path(f"/proc/{serving.process.pid}/root/dev/shm/{region}")
+    before = file.stat().st_size >> 20
+    assert before > 16, "a control: more than what a stage that died may keep"
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(serving.post, body) for _ in range(16)]
+        wait_until(lambda: any(one.done() for one in asked), "an answer")
+        os.kill(encoder, signal.SIGKILL)
+        answers = [one.result() for one in asked]
+    statuses = sorted(status for status, _ in answers)
+    tell(f"\n16 requests of 80 long texts at the encoder's death: {statuses}")
+    assert set(statuses) <= {200, 503}, answers
+    wait_until(lambda: not file.exists(), "its region to be given back", 120, serving.everything_said)
+    wait_until(lambda: serving.get("/ready")[0] == 200, "it to be ready", also=serving.everything_said)
+    return before
