@@ -1,5 +1,5 @@
-"""Which work is sent to the server next. Work is priced in tokens; the server of a model has a bounded number
-of them, the rest waits here, in a lane for what is urgent and one for bulk, and more than a bound is refused.
+"""Which work is sent to a server next. Work is priced in tokens; each server of a model has a bounded number of
+them, the rest waits here, in a lane for what is urgent and one for bulk, and more than a bound is refused.
 
 A client request gives up its turn after one token budget of its server requests, so that none waits for the
 whole of another. Both lanes advance by their shares where both have work. All of it is of one gateway
@@ -31,7 +31,7 @@ class AdmissionLimits:
     """What an operator may set, for each model and each process of the gateway."""
 
     in_flight_budgets: float = 2.0
-    """Token budgets of the pipeline that the server has at once."""
+    """Token budgets of the pipeline that each server has at once."""
     interactive_share: float = 0.75
     """Of the tokens, where both lanes have work."""
     max_queued_tokens: Mapping[Lane, int] = field(
@@ -58,6 +58,8 @@ class ModelQueue:
 
     budget: int
     """Tokens of one pass of its encoder."""
+    servers: int
+    """That answer for it."""
 
     def __init__(self, name: str, limits: AdmissionLimits, clock: Callable[[], float]) -> None:
         """`name` is what clients call it."""
@@ -101,7 +103,7 @@ class ModelQueue:
         heads = [(lane, head) for lane in self._lanes.values() if (head := lane.head(self.budget))]
         if not heads:
             return False
-        most = self._budgets * self.budget
+        most = self._budgets * self.budget * self.servers
         lane, (ticket, waiter) = min(heads, key=lambda pair: pair[0].clock)
         if not self._in_flight or self._in_flight + waiter.tokens <= most:
             self._send(lane, ticket, waiter.tokens, is_express=False)
@@ -194,13 +196,14 @@ class Admission:
         self._clock = clock
         self._queues: dict[str, ModelQueue] = {}
 
-    def queue(self, name: str, served_name: str, budget: int) -> ModelQueue:
-        """Of the model whose ensemble has this name."""
+    def queue(self, name: str, served_name: str, budget: int, servers: int = 1) -> ModelQueue:
+        """Of the model whose ensemble has this name, and that so many servers answer for at the moment."""
         queue = self._queues.get(name)
         if queue is None:
             queue = self._queues[name] = ModelQueue(served_name, self._limits, self._clock)
         # A model may come back with another.
         queue.budget = budget
+        queue.servers = servers
         return queue
 
     def states(self) -> dict[str, AdmissionState]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from gateway.batches import Content, Item
@@ -13,6 +14,7 @@ from gateway.errors import BadRequest, BodyTooLarge, root_of
 from gateway.images import ImageLoader
 from gateway.pipeline import Pipeline
 from gateway.tasks import Items
+from gateway.urgency import time_limit
 
 # Minutes of work for a large model, and as many fetches.
 _MAX_IMAGES = 256
@@ -51,7 +53,7 @@ async def load_items(
     """The items of all lists of a request, with their images.
 
     Raises BadRequest: for images that the model does not take, before any is fetched; else for the first one
-    that cannot be had.
+    that cannot be had. Raises TimedOut where the request's own deadline passes.
     """
     drafts = [draft for one in lists for draft in one.with_images.values()]
     if not drafts:
@@ -106,9 +108,12 @@ async def _load(images: ImageLoader, references: Sequence[Reference]) -> list[by
             )
         return file
 
+    limit = time_limit(images.timeout_s)
+    # The request's own, if that is shorter than the operator's.
+    own = limit.watch("what the request's images are fetched from") if limit and limit.own else nullcontext()
     loads = [asyncio.create_task(load(reference)) for reference in references]
     try:
-        async with asyncio.timeout(images.timeout_s):
+        async with own, asyncio.timeout(images.timeout_s):
             # In their order: whichever fails first, the client is told the first in its list.
             return [await one for one in loads]
     except TimeoutError:

@@ -107,12 +107,13 @@ class GrpcInference:
     def _turn(
         self, pipeline: Pipeline, stage: str | None, part: Part
     ) -> contextlib.AbstractAsyncContextManager[None]:
-        """Of items with images few server requests are under way for all clients together: the encoder takes
-        all that wait at once, and a text among them waits for all.
+        """Of items with images each server has few requests under way for all clients together: the encoder
+        takes all that wait at once, and a text among them waits for all.
         """
         if stage is not None or not part.has_images:
             return contextlib.nullcontext()
-        return self._image_turns.setdefault(pipeline.name, asyncio.Semaphore(_IMAGE_PARTS))
+        turns = asyncio.Semaphore(_IMAGE_PARTS * len(self.servers))
+        return self._image_turns.setdefault(pipeline.name, turns)
 
     async def pipelines(self) -> list[Pipeline]:
         return await self.calls.pipelines()
@@ -194,7 +195,13 @@ class GrpcInference:
         if context is None or stage is not None:
             yield FreePass()
             return
-        queue = self.admission.queue(pipeline.name, pipeline.served_model_name, pipeline.max_batch_tokens)
+        losses = [self.availability.loss(server.address, pipeline.name) for server in self.servers]
+        queue = self.admission.queue(
+            pipeline.name,
+            pipeline.served_model_name,
+            pipeline.max_batch_tokens,
+            max(1, losses.count(None)),
+        )
         price = Price(sum(part.tokens for part in parts), sum(part.size for part in parts))
         check(context)
         with (

@@ -22,7 +22,13 @@ from triton_embeddings.shared_memory import MIB, SHARED_MEMORY
 _MOST = 16
 _LARGEST_PART = 1 / 8
 _MOST_BYTES = 1024 * MIB
+# A stage that is loaded needs 1 MiB.
+_ROOM_FOR_ONE = 2 * MIB
+# A request that ends a process each time takes all models down no more often.
+_PAUSE_S = 60.0
 _INTERVAL_S = 5.0
+# Looks after which one that is not replaced has been dead for some time.
+_LOOKS_WITHOUT = 4
 
 
 @dataclass
@@ -49,11 +55,15 @@ class DeadStages:
 
         Looks now and then only. Where the system does not let it look, there is no reason.
         """
-        if time.monotonic() < self._look_at:
+        now = time.monotonic()
+        if now < self._look_at:
             return None
-        self._look_at = time.monotonic() + _INTERVAL_S
+        self._look_at = now + _INTERVAL_S
         with contextlib.suppress(OSError):
-            return self._look(server)
+            reason = self._look(server)
+            if reason is not None:
+                self._look_at = now + _PAUSE_S
+            return reason
         return None
 
     def _look(self, server: int) -> str | None:
@@ -66,21 +76,37 @@ class DeadStages:
                 started.add(stage)
                 self._known[name] = _Region(stage, self._looks)
             self._known[name].alive_at = self._looks
-        held = []
-        for name, region in self._known.items():
-            if region.alive_at == self._looks:
-                continue
+        dead = {name: region for name, region in self._known.items() if region.alive_at < self._looks}
+        for region in dead.values():
             if region.replaced_at is None and region.stage in started:
                 region.replaced_at = self._looks
-            # Until another is loaded its entry may not be unloaded yet, and then it goes in a moment.
-            if region.replaced_at is not None and region.replaced_at < self._looks:
-                held.append(sizes.get(name, 0))
-        if not held or (len(held) < _MOST and sum(held) < _bound()):
-            return None
-        stages = "a stage" if len(held) == 1 else f"{len(held)} stages"
-        return (
-            f"tritonserver does not give back {sum(held) // MIB} MiB of {SHARED_MEMORY} of {stages} that died"
-        )
+        held = {name: region for name, region in dead.items() if self._is_kept(region)}
+        size = sum(sizes[name] for name in held)
+        # Of a stage with several processes all were replaced at once.
+        count = len({(region.stage, region.replaced_at) for region in held.values()})
+        disk = shutil.disk_usage(SHARED_MEMORY)
+        # A size of 0 is none.
+        bound = min(_LARGEST_PART * disk.total or _MOST_BYTES, _MOST_BYTES)
+        if held and (count >= _MOST or size >= bound):
+            return _describe(size, count)
+        if (
+            disk.total
+            and disk.free < _ROOM_FOR_ONE
+            and (left := [r for r in dead.values() if self._is_left(r)])
+        ):
+            # None of them can be replaced.
+            return _describe(sum(sizes[name] for name in dead), len({region.stage for region in left}))
+        return None
+
+    def _is_kept(self, region: _Region) -> bool:
+        """Whether the server keeps it for good: until another is loaded its entry may not be unloaded yet,
+        and then it goes in a moment.
+        """
+        return region.replaced_at is not None and region.replaced_at < self._looks
+
+    def _is_left(self, region: _Region) -> bool:
+        """Whether its process has been dead for some time."""
+        return self._looks - region.alive_at >= _LOOKS_WITHOUT
 
     def _sizes(self) -> dict[bytes, int]:
         """Of all regions that are there, in bytes."""
@@ -105,6 +131,7 @@ class DeadStages:
                     )
 
 
-def _bound() -> float:
-    # A size of 0 is none.
-    return min(_LARGEST_PART * shutil.disk_usage(SHARED_MEMORY).total or _MOST_BYTES, _MOST_BYTES)
+def _describe(size: int, count: int) -> str:
+    stages = "a stage" if count == 1 else f"{count} stages"
+    held = f"{size // MIB} MiB of {SHARED_MEMORY}, and threads"
+    return f"tritonserver does not give back {held}, of {stages} that died"

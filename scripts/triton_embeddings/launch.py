@@ -296,6 +296,6 @@ def describe_access(addresses: Addresses, access: Access) -> str:
 def _clear_shared_memory(prefix: str) -> None:
     """The server leaves its regions behind when it is killed."""
     for region in SHARED_MEMORY.glob(f"{prefix}*"):
-        # Another user's is none of the server's, whatever its name.
-        with suppress(PermissionError):
+        # Another user's file or folder is none of the server's, whatever its name.
+        with suppress(OSError):
             region.unlink(missing_ok=True)

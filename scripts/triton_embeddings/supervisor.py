@@ -54,7 +54,8 @@ class Supervised:
         Raises CommandError.
         """
         code = self.child.exit_code
-        if self._again_at is None and code is not None and (code >= 0 or self._deaths):
+        is_known = self._again_at is not None or self._is_worn_out
+        if code is not None and not is_known and (code >= 0 or self._deaths):
             raise CommandError(self._killed_for or self._explain(self.child))
         self.look()
 

@@ -77,6 +77,26 @@ def test_a_worn_out_child_is_killed_and_another_takes_its_place(stop, monkeypatc
     one.stop(5)
 
 
+def test_a_worn_out_child_is_no_crash_at_the_start_either(stop, monkeypatch):
+    monkeypatch.setattr(supervisor, "_FIRST_BACKOFF_S", 0.01)
+    reasons = []
+    one = Supervised(
+        lambda: child("import time; time.sleep(60)"),
+        stop,
+        lambda c: "it crashed",
+        worn_out=lambda _: reasons.pop() if reasons else None,
+    )
+    first = one.child
+    first.kill()
+    look_until(one.look_at_start, lambda: one.child is not first)
+    second = one.child
+    reasons.append("it holds too much")
+    look_until(one.look_at_start, lambda: one.child is not second)
+    one.child.kill()
+    with pytest.raises(CommandError, match="it crashed"):
+        look_until(one.look_at_start, lambda: False)
+
+
 def test_the_reason_for_which_it_was_killed_is_told_at_the_start_too(stop, monkeypatch):
     monkeypatch.setattr(supervisor, "_FIRST_BACKOFF_S", 0.01)
     silence = SimpleNamespace(has_stopped=True, reset=lambda: None)

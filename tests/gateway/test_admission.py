@@ -101,6 +101,19 @@ async def test_the_server_has_two_budgets_at_once_and_the_rest_waits():
     assert server.state.lanes[SLOW].queued_tokens == server.state.lanes[SLOW].queued_requests == 0
 
 
+async def test_each_server_that_answers_has_two_budgets():
+    server = Server()
+    server.admission.queue("tiny", "org/tiny", BUDGET, servers=3)
+    server.start("list", [50] * 20, SLOW)
+    await settle()
+    assert server.state.in_flight_tokens == 6 * BUDGET
+    server.admission.queue("tiny", "org/tiny", BUDGET, servers=1)
+    for _ in range(8):
+        await server.answer()
+    assert server.state.in_flight_tokens == 2 * BUDGET, "two were lost"
+    await server.finish()
+
+
 async def test_a_server_request_over_the_bound_runs_alone():
     server = Server()
     server.start("huge", [500], SLOW)

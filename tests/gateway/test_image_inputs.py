@@ -459,6 +459,27 @@ class TestLoading:
             "input[1].image and all images before it were not there within 0.3 s; send fewer at a time"
         )
 
+    async def test_the_requests_own_deadline_ends_the_wait_for_them(self, inference):
+        late = asyncio.Event()
+
+        async def slow(request):
+            await late.wait()
+            return web.Response(body=png(b"a"), content_type="image/png")
+
+        async with (
+            site({"/slow": slow}) as pictures,
+            running(inference, image_hosts="127.0.0.1", image_timeout_s=60, images_timeout_s=60) as client,
+        ):
+            body = {"model": "gme", "input": [{"image": f"{pictures.url}/slow"}], "timeout": 0.2}
+            answer = await client.post(EMBED, json=body)
+            late.set()
+            assert message_of(answer, 504) == (
+                "what the request's images are fetched from did not answer within 0.2 s, its timeout; give "
+                "it more time, or send fewer or shorter inputs"
+            )
+            answer = await client.post(EMBED, json={**body, "timeout": 50})
+            assert answer.status_code == 200, "a control"
+
     async def test_all_of_them_together_are_bounded(self, loader, monkeypatch):
         monkeypatch.setattr(drafts, "_MAX_IMAGE_BYTES", 10)
         assert (await self.embed(["2"] * 10)).status_code == 200

@@ -21,7 +21,8 @@ from backends.contract import (
     ErrorCode,
 )
 from gateway import server_calls
-from gateway.batches import Content
+from gateway.batches import Content, cut
+from gateway.context import RequestContext, enter
 from gateway.errors import AnswerTooLarge, ModelLost, RefusedItem, ServerFault, TimedOut, Unavailable
 from gateway.inference import GrpcInference
 from gateway.pipeline import read_pipeline
@@ -241,4 +242,23 @@ async def test_a_server_that_stands_still_does_not_hold_up_the_list_of_another(m
     monkeypatch.setattr(two.servers[0], "pipelines", lambda *_: asyncio.Event().wait())
     monkeypatch.setattr(two.servers[1], "pipelines", lambda *_: asyncio.sleep(0.2, [PIPELINE]))
     assert await two.pipelines() == [PIPELINE]
+    await two.close()
+
+
+async def test_a_model_has_as_many_budgets_as_servers_answer_for_it():
+    two = GrpcInference(["a:1", "b:1"], 300, 2**20)
+    enter(RequestContext("r"))
+
+    def budgets():
+        with two._enter(PIPELINE, [b"text"], cut([b"text"], PIPELINE), [], None):
+            return two.admission._queues[PIPELINE.name].servers
+
+    assert budgets() == 2
+    two.availability.lose("a:1", PIPELINE.name, "it died")
+    assert budgets() == 1
+    two.availability.lose("b:1", PIPELINE.name, "it died")
+    assert budgets() == 1, "who waits for one that comes back is let in"
+    two.availability.regain("a:1", PIPELINE.name)
+    two.availability.regain("b:1", PIPELINE.name)
+    assert budgets() == 2
     await two.close()

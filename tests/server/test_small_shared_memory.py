@@ -102,7 +102,10 @@ def test_what_an_encoder_that_died_keeps_of_it_is_given_back(tmp_path):
     )
     texts = [f"text {i} of a list of words that takes room " * 20 for i in range(80)]
     body = {"model": "tiny", "input": texts, "truncate": True}
-    with serve(tmp_path / "output", checkpoint, "--dtype", "float32", command=COMMAND_IN_IT) as serving:
+    arguments = (checkpoint, "--dtype", "float32")
+    with serve(
+        tmp_path / "output", *arguments, command=COMMAND_IN_IT, GATEWAY_REPAIR_WAIT_S="300"
+    ) as serving:
         status, answer = serving.post(body)
         assert status == 200, answer
         right = np.array([row["embedding"] for row in answer["data"]])
@@ -112,7 +115,7 @@ def test_what_an_encoder_that_died_keeps_of_it_is_given_back(tmp_path):
             status, answer = serving.post(body)
             assert status == 200, answer
             np.testing.assert_allclose([row["embedding"] for row in answer["data"]], right, atol=1e-4)
-            told = r"does not give back \d+ MiB of /dev/shm of a stage that died; killing it"
+            told = r"does not give back \d+ MiB of /dev/shm, and threads, of a stage that died"
             if re.search(told, serving.output.read_text()):
                 break
         else:
