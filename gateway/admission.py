@@ -1,5 +1,5 @@
-"""Which work is sent to a server next. Work is priced in tokens; each server of a model has a bounded number of
-them, the rest waits here, in a lane for what is urgent and one for bulk, and more than a bound is refused.
+"""Which work is sent to a server next. Work is priced in tokens; each server of a model has a bounded number
+of them, the rest waits here, in a lane for what is urgent and one for bulk, and more than a bound is refused.
 
 A client request gives up its turn after one token budget of its server requests, so that none waits for the
 whole of another. Both lanes advance by their shares where both have work. All of it is of one gateway

@@ -53,28 +53,30 @@ class Supervised:
 
         Raises CommandError.
         """
-        code = self.child.exit_code
-        is_known = self._again_at is not None or self._is_worn_out
-        if code is not None and not is_known and (code >= 0 or self._deaths):
-            raise CommandError(self._killed_for or self._explain(self.child))
-        self.look()
+        self._look(is_start=True)
 
     def look(self) -> None:
         """Starts the child again where it has ended and its pause is over.
 
         Raises CommandError when it ends too often.
         """
+        self._look(is_start=False)
+
+    def _look(self, *, is_start: bool) -> None:
         now = time.monotonic()
         if self._again_at is not None:
             if now >= self._again_at:
                 self._again_at = None
                 self.child = self._stop.watch_over(self._start())
             return
-        if self.child.exit_code is None:
+        code = self.child.exit_code
+        if code is None:
             if self._killed_for is None:
                 self._judge()
             return
         reason = self._killed_for or self._explain(self.child)
+        if is_start and not self._is_worn_out and (code >= 0 or self._deaths):
+            raise CommandError(reason)
         told = f"{self.child.name} was killed" if self._killed_for else reason
         # What a dead server has started lives on, and holds memory.
         self._stop.forget(self.child)
