@@ -48,6 +48,8 @@ class RequestContext:
     """time.monotonic() of its first byte."""
     lane: Lane | None = None
     """None leaves it to the request's size."""
+    lane_taken: Lane | None = None
+    """The one that it waited in last; None where it was in none."""
     deadline: float | None = None
     """time.monotonic() after which nobody wants an answer."""
     time_limit: str = ""

@@ -6,7 +6,8 @@ import asyncio
 import logging
 
 from gateway import metrics
-from gateway.admission import Admission
+from gateway.catalog import Catalog
+from gateway.inference import GrpcInference
 from gateway.readiness import Readiness
 
 logger = logging.getLogger(__name__)
@@ -20,13 +21,27 @@ def show_models(readiness: Readiness) -> None:
     metrics.show_models(report.models, is_server_up=report.reason is None)
 
 
-async def watch(readiness: Readiness, admission: Admission | None) -> None:
-    """For ever. Without admission nothing is told of what waits."""
+def _show_servers(catalog: Catalog, inference: GrpcInference) -> None:
+    metrics.show_servers(
+        {
+            (server.address, pipeline.served_model_name): (
+                inference.availability.loss(server.address, pipeline.name) is None
+            )
+            for server in inference.servers
+            for pipeline in catalog.pipelines
+        }
+    )
+
+
+async def watch(readiness: Readiness, catalog: Catalog, inference: GrpcInference | None) -> None:
+    """For ever. Without an inference of its own kind nothing is told of what waits, nor of single servers."""
     before: dict[str, metrics.Load] = {}
     while True:
         try:
             show_models(readiness)
-            for name, load in admission.states().items() if admission is not None else ():
+            if inference is not None:
+                _show_servers(catalog, inference)
+            for name, load in inference.admission.states().items() if inference is not None else ():
                 metrics.show_load(load, before.get(name))
                 before[name] = load
         except Exception:

@@ -208,6 +208,7 @@ class GrpcInference:
             queue.enter(price, context.lane, lambda: hash((tuple(items), tuple(outputs)))) as ticket,
             charged(context, price.tokens, lambda: ticket.sent),
         ):
+            context.lane_taken = ticket.lane
             yield ticket
 
     async def _outlive(self, stay: Coroutine[Any, Any, Result]) -> Result:

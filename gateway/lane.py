@@ -184,6 +184,11 @@ class Ticket:
         """Tokens that went to the server so far."""
         lane.count(*price, before=0)
 
+    @property
+    def lane(self) -> Lane:
+        """The one that it waits in."""
+        return self._lane.lane
+
     def turn(self, tokens: int, size: int) -> Turn:
         """Waits until the server has room for a server request, and counts it while it is there."""
         return Turn(self, tokens, size)

@@ -53,7 +53,8 @@ async def serving(
     own = Observed(server)
     bounded = BoundedInference(own, settings.max_text_bytes, settings.max_prompt_bytes)
     catalog = Catalog(own)
-    stages = _watch_stages(server, catalog, settings) if isinstance(server, GrpcInference) else None
+    grpc = server if isinstance(server, GrpcInference) else None
+    stages = _watch_stages(grpc, catalog, settings) if grpc is not None else None
     readiness = Readiness(
         own,
         catalog,
@@ -69,10 +70,9 @@ async def serving(
     app.state.services = Services(
         settings, bounded, catalog, readiness, Vocabulary(own), scorer, calculator, images
     )
-    admission = server.admission if isinstance(server, GrpcInference) else None
     watches = [
         asyncio.create_task(readiness.watch()),
-        asyncio.create_task(gauges.watch(readiness, admission)),
+        asyncio.create_task(gauges.watch(readiness, catalog, grpc)),
     ]
     if stages is not None:
         watches.append(asyncio.create_task(stages.run()))

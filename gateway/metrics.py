@@ -31,7 +31,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 NO_MODEL = "none"
 """Of a request that no model was asked for: it was refused before, or is not about one."""
 NO_LANE = "none"
-"""Of a request that is refused before its size, which says the lane, is known."""
+"""Of a request that is answered or refused before its size, which says the lane, is known."""
 OTHER_ROUTE = "other"
 """Of a path that does not exist, and of pages that are not the API."""
 
@@ -51,8 +51,8 @@ REQUESTS = Counter(
 )
 REQUEST_DURATION = Histogram(
     "triton_embeddings_request_duration_seconds",
-    "From a request's first byte to its answer's last",
-    ("route", "model"),
+    "From a request's first byte to its answer's last, by the lane that it waited in",
+    ("route", "model", "lane"),
     buckets=_SECONDS,
     registry=_registry,
 )
@@ -85,6 +85,13 @@ MODEL_UP = Gauge(
 SERVER_UP = Gauge(
     "triton_embeddings_server_up",
     "Whether the inference server lists its models: 1 or 0",
+    multiprocess_mode="livemin",
+    registry=_registry,
+)
+SERVER_MODEL_UP = Gauge(
+    "triton_embeddings_server_model_up",
+    "Whether one server answers for a model, as pings and requests tell: 1 or 0",
+    ("server", "model"),
     multiprocess_mode="livemin",
     registry=_registry,
 )
@@ -125,8 +132,8 @@ TOKENS_PER_SECOND = Gauge(
 )
 REJECTED_REQUESTS = Counter(
     "triton_embeddings_rejected_requests",
-    "Requests that were refused because too much waited, or because their key had used its tokens",
-    ("lane", "model"),
+    "Requests that were refused because too much waited (busy), or their key had used its tokens (key)",
+    ("lane", "model", "reason"),
     registry=_registry,
 )
 EXPIRED_REQUESTS = Counter(
@@ -137,7 +144,8 @@ EXPIRED_REQUESTS = Counter(
 )
 _HAS_WORKERS = values.ValueClass is not values.MutexValue
 _shown_models: set[str] = set()
-_OF_LANES = (QUEUED_TOKENS, QUEUED_TOKENS_LIMIT, QUEUED_REQUESTS, REJECTED_REQUESTS, EXPIRED_REQUESTS)
+_BUSY, _KEY = "busy", "key"
+_OF_LANES = (QUEUED_TOKENS, QUEUED_TOKENS_LIMIT, QUEUED_REQUESTS, EXPIRED_REQUESTS)
 
 
 class LaneLoad(Protocol):
@@ -175,7 +183,7 @@ def show_load(load: Load, before: Load | None) -> None:
         QUEUED_TOKENS.labels(lane, load.model).set(one.queued_tokens)
         QUEUED_TOKENS_LIMIT.labels(lane, load.model).set(one.max_queued_tokens)
         QUEUED_REQUESTS.labels(lane, load.model).set(one.queued_requests)
-        REJECTED_REQUESTS.labels(lane, load.model).inc(one.rejected - (last.rejected if last else 0))
+        REJECTED_REQUESTS.labels(lane, load.model, _BUSY).inc(one.rejected - (last.rejected if last else 0))
         EXPIRED_REQUESTS.labels(lane, load.model).inc(one.expired - (last.expired if last else 0))
     IN_FLIGHT_TOKENS.labels(load.model).set(load.in_flight_tokens)
     TOKENS_PER_SECOND.labels(load.model).set(load.tokens_per_s or 0.0)
@@ -198,13 +206,23 @@ def show_models(models: Mapping[str, str | None], *, is_server_up: bool) -> None
         for metric in _OF_LANES:
             for lane in Lane:
                 metric.labels(lane, name)
+        for lane in Lane:
+            REJECTED_REQUESTS.labels(lane, name, _BUSY)
+
+
+def show_servers(answers: Mapping[tuple[str, str], bool]) -> None:
+    """Sets, by a server's address and a model's name, whether that server answers for it."""
+    if not _HAS_WORKERS:
+        SERVER_MODEL_UP.clear()
+    for labels, does in answers.items():
+        SERVER_MODEL_UP.labels(*labels).set(does)
 
 
 def count_request(context: RequestContext, status: int, seconds: float) -> None:
     """One answered request, with its phases."""
     route, model = context.route or OTHER_ROUTE, context.model or NO_MODEL
     _requests(route, model, status).inc()
-    _request_duration(route, model).observe(seconds)
+    _request_duration(route, model, context.lane_taken or NO_LANE).observe(seconds)
     if context.model:
         for phase, duration in context.phases.items():
             _phase_duration(phase, model).observe(duration)
@@ -212,7 +230,7 @@ def count_request(context: RequestContext, status: int, seconds: float) -> None:
 
 def count_refusal_of_key(context: RequestContext) -> None:
     """Of a request whose key has used up its tokens; before its body is read it has no model yet."""
-    REJECTED_REQUESTS.labels(context.lane or NO_LANE, context.model or NO_MODEL).inc()
+    REJECTED_REQUESTS.labels(context.lane or NO_LANE, context.model or NO_MODEL, _KEY).inc()
 
 
 # Looking a series up by its labels takes as long as adding to it.

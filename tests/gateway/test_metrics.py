@@ -37,6 +37,10 @@ def requests(found, route, model, status):
     return found.get(("triton_embeddings_requests_total", *labels), 0)
 
 
+NO_LANE = ("lane", "none")
+EMBEDDINGS = ("route", "/v1/embeddings")
+
+
 async def test_requests_are_counted_by_template_model_and_status(client):
     before = await scrape(client)
     await client.post("/v1/embeddings", json={"input": ["a", "b" * 17]})
@@ -58,7 +62,7 @@ async def test_requests_are_counted_by_template_model_and_status(client):
     assert after[tokens] - before.get(tokens, 0) == 18
     cut = "triton_embeddings_truncated_inputs_total", of_model
     assert after[cut] - before.get(cut, 0) == 1
-    durations = "triton_embeddings_request_duration_seconds_count", of_model, ("route", "/v1/embeddings")
+    durations = "triton_embeddings_request_duration_seconds_count", NO_LANE, of_model, EMBEDDINGS
     assert after[durations] - before.get(durations, 0) == 1
 
 
@@ -137,7 +141,7 @@ async def test_what_admission_knows(client):
     assert found["triton_embeddings_queued_tokens", *lane] == 7
     assert found["triton_embeddings_queued_tokens_limit", *lane] == 100
     assert found["triton_embeddings_queued_requests", *lane] == 2
-    assert found["triton_embeddings_rejected_requests_total", *lane] == 5
+    assert found["triton_embeddings_rejected_requests_total", *lane, ("reason", "busy")] == 5
     assert found["triton_embeddings_expired_requests_total", *lane] == 1
     assert found["triton_embeddings_in_flight_tokens", model] == 5
     assert found["triton_embeddings_admission_tokens_per_second", model] == 9.5
