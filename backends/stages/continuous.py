@@ -214,23 +214,25 @@ class ContinuousStage(Stage, Generic[W]):
             results = self.compute(pieces)
             self._answer(pieces, results)
         except Exception as error:
-            lacks_memory = results is None and self.is_out_of_memory(error)
-            if not lacks_memory:
+            lacks_memory = self.is_out_of_memory(error)
+            if not (lacks_memory and results is None):
                 logger.exception("a turn of %d requests failed; computing them one by one", len(pieces))
-                for piece in pieces:
-                    if not piece.job.content.is_answered:
-                        self._compute_alone(piece.job)
         else:
             return
         # Out here the error, and all that its frames hold of the device, is gone.
         if lacks_memory:
+            self.free_memory()
+        if lacks_memory and results is None:
             self._compute_in_halves(pieces)
+            return
+        for piece in pieces:
+            if not piece.job.content.is_answered:
+                self._compute_alone(piece.job)
 
     def _compute_in_halves(self, pieces: Sequence[Piece[W]]) -> None:
         """What the device had no room for as a whole; of what cannot be cut any more the request is
         refused.
         """
-        self.free_memory()
         halves = halve(pieces, is_whole=self.turns.is_whole)
         count = sum(int(piece.job.lengths[piece.places].sum()) for piece in pieces)
         if len(halves) == 2:

@@ -57,3 +57,26 @@ def test_without_cuda_a_gpu_s_instance_runs_on_the_cpu_and_says_so(monkeypatch, 
         assert device.place("cuda:1") == CPU
     assert "has no CUDA: running on the CPU" in caplog.text
     assert device.place("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_says_that_there_is_no_memory(error, is_one):
+    assert device.is_out_of_memory(error) is is_one
+
+
+def test_what_torch_says_itself_of_no_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert device.is_out_of_memory(caught.value)

@@ -320,14 +320,14 @@ def counted(stage):
     return names
 
 
-def without_memory(stage, most):
+def without_memory(stage, most, error=torch.OutOfMemoryError):
     """The stage's compute fails as torch does for more than so many tokens; the turns that it computed."""
     compute, turns, freed = stage.compute, [], []
 
     def limited(pieces):
         tokens = sum(int(piece.job.lengths[piece.places].sum()) for piece in pieces)
         if tokens > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. secret detail")
+            raise error("CUDA out of memory. secret detail")
         turns.append(tokens)
         return compute(pieces)
 
@@ -336,12 +336,13 @@ def without_memory(stage, most):
     return turns, freed
 
 
-def test_a_device_without_memory_for_a_turn_computes_it_in_halves(path):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
+def test_a_device_without_memory_for_a_turn_computes_it_in_halves(path, error):
     stage = start(EncoderStage(), path, dtype="float32", threads="1")
     rows = [np.arange(5, 5 + n) for n in (4, 9, 2, 7, 7, 3)]
     requests = [encoded(stage, *rows[:4]), encoded(stage, rows[4]), encoded(stage, rows[5])]
     expected = [answer.value("hidden") for answer in answers(stage, requests)]
-    turns, freed = without_memory(stage, 12)
+    turns, freed = without_memory(stage, 12, error)
     names = counted(stage)
     got = answers(stage, requests)
     show(f"of at most 12 tokens at a time: turns of {turns}, memory freed {len(freed)} times")
@@ -375,13 +376,17 @@ def test_what_fits_in_no_way_is_told_and_its_neighbours_live(path, caplog):
 
 def test_memory_that_ends_in_a_head_is_told_too(path):
     stage = start(EncoderStage(), path, dtype="float32", threads="1", heads="dense", fuse_heads="true")
+    done = []
 
     def broken(works, answers):
+        done.append("finish")
         raise torch.OutOfMemoryError("no")
 
+    stage.free_memory = lambda: done.append("free")
     finish, stage.finish = stage.finish, broken
     (refused,) = answers(stage, [encoded(stage, np.arange(5, 9))])
     assert refused.error.message.startswith("out_of_memory: the device has no memory for 4 tokens")
+    assert done == ["finish", "free", "finish"], "once more, when there is room"
     stage.finish = finish
     (fine,) = answers(stage, [encoded(stage, np.arange(5, 9))])
     assert fine.error is None

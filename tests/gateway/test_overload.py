@@ -221,6 +221,22 @@ async def test_what_is_not_answered_in_time(client, inference, path):
     await until(lambda: in_flight(inference, name) == 0)
 
 
+def durations(which):
+    (metric,) = metrics.REQUEST_DURATION.collect()
+    counts = [s for s in metric.samples if s.name.endswith("_count") and s.labels["lane"] == which]
+    return sum(sample.value for sample in counts)
+
+
+async def test_a_requests_duration_is_told_by_the_lane_it_waited_in(client):
+    for given, taken in (({}, Lane.INTERACTIVE), ({"priority": "bulk"}, Lane.BULK), ({"input": ""}, "none")):
+        before = durations(taken)
+        await client.post("/v1/embeddings", json={"input": TEXT, **given})
+        assert durations(taken) == before + 1, taken
+    before = durations(Lane.BULK)
+    await client.post("/v1/embeddings", json={"input": [TEXT] * 9})
+    assert durations(Lane.BULK) == before + 1, "by its size"
+
+
 async def test_a_header_and_the_operators_limit(client, inference):
     inference.servers[0].client.release.clear()
     headers = {"x-request-timeout": "0.05"}
