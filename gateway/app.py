@@ -83,9 +83,9 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     )
     app.add_middleware(ApiKeys, access=access, refuse=_answer_refusal)
     app.add_middleware(Refusals, refuse=_answer_refusal)
+    app.add_middleware(Draining, drain, _answer_refusal)
     if settings.cors_origins:
         app.add_middleware(cors, origins=settings.cors_origins)
-    app.add_middleware(Draining, drain, _answer_refusal)
     app.add_middleware(Observation, has_access_log=settings.access_log)
     app.add_middleware(RequestId)
     app.add_exception_handler(GatewayError, _answer_error)

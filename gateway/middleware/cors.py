@@ -14,6 +14,7 @@ _EXPOSED = (
     "x-ratelimit-limit-tokens",
     "x-ratelimit-remaining-tokens",
     "x-request-id",
+    "x-should-retry",
     "x-truncated-inputs",
 )
 

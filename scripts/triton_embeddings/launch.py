@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gateway.access import Access, is_loopback
+from gateway.logs import configure
 from triton_embeddings.addresses import LOOPBACK, Addresses
 from triton_embeddings.dead_stages import DeadStages
 from triton_embeddings.errors import CommandError
@@ -71,6 +72,7 @@ def launch(
     check_packages()
     check_paths(repository, state_directory())
     settings = read_gateway_settings(flags)
+    configure(_log_level(), settings.log_format)
     access = check_strangers(settings)
     if (warning := warn_of_small(repository)) is not None:
         console.print(f"warning: {warning}", soft_wrap=True, highlight=False)
@@ -179,8 +181,13 @@ def gateway_environment(
         "GATEWAY_SERVER_METRICS": f"{LOOPBACK}:{addresses.metrics_port}",
         # A second gateway may take over.
         "GATEWAY_REUSE_PORT": "true",
-        "GATEWAY_LOG_LEVEL": os.environ.get("GATEWAY_LOG_LEVEL", "warning"),
+        "GATEWAY_LOG_LEVEL": _log_level(),
     }
+
+
+def _log_level() -> str:
+    """Whoever starts all of it wants to see what it says itself, not every step of it."""
+    return os.environ.get("GATEWAY_LOG_LEVEL", "warning")
 
 
 def _wait_until_ready(

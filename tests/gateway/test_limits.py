@@ -78,6 +78,7 @@ async def test_pages_of_other_origins_call_only_where_they_are_allowed(inference
         assert answer.status_code == 401
         assert answer.headers["access-control-allow-origin"] == "https://app.example.com"
         assert "x-request-id" in answer.headers["access-control-expose-headers"]
+        assert "x-should-retry" in answer.headers["access-control-expose-headers"]
         other = await shared.post("/v1/embeddings", json=body, headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 

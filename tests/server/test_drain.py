@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -38,12 +39,24 @@ def pid_of(serving, what):
 
 
 def another_gateway(serving):
-    """A second gateway on the same port, when it listens."""
+    """A second gateway on the same port, of two workers, when it listens."""
     port = serving.url.rsplit(":", 1)[1]
     command = [COMMAND, "gateway", "--server", serving.grpc, "--port", port, "--reuse-port"]
-    process = subprocess.Popen(command, cwd="/")
-    wait_until(lambda: listens(serving, process.pid), "the second gateway to listen")
+    process = subprocess.Popen(command, cwd="/", env={**os.environ, "GATEWAY_WORKERS": "2"})
+    wait_until(
+        lambda: sum(listens(serving, pid) for pid in workers_of(process)) == 2, "two workers to listen"
+    )
     return process
+
+
+def workers_of(process):
+    """Process ids of what a gateway of several workers has started to listen."""
+    file = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [
+        int(pid)
+        for pid in file.read_text().split()
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 def sockets_of(pid):
@@ -58,9 +71,8 @@ def sockets_of(pid):
 
 def test_what_dies_is_started_again(tmp_path, checkpoint):
     """The gateway, and then the server under load: nobody but the supervisor does anything."""
-    with serve(
-        tmp_path / "output", checkpoint, "--dtype", "float32", GATEWAY_REPAIR_WAIT_S=str(WAIT_S)
-    ) as serving:
+    settings = {"GATEWAY_REPAIR_WAIT_S": str(WAIT_S), "GATEWAY_LOG_FORMAT": "json"}
+    with serve(tmp_path / "output", checkpoint, "--dtype", "float32", **settings) as serving:
         expected = embeddings(serving)
         gateway = pid_of(serving, "-m gateway")
         os.kill(gateway, signal.SIGKILL)
@@ -75,7 +87,12 @@ def test_what_dies_is_started_again(tmp_path, checkpoint):
         tell(f"\na gateway that was killed is ready again after {time.monotonic() - begun:.2f} s")
         asyncio.run(kill_the_server(serving, expected))
         assert serving.stop(90) == 0
-    assert "tritonserver was killed by SIGKILL, as the system does" in serving.output.read_text()
+    lines = [json.loads(line) for line in serving.output.read_text().splitlines() if line.startswith("{")]
+    told = [line["message"] for line in lines if line["logger"] == "triton_embeddings.supervisor"]
+    assert [message.split(",")[0] for message in told] == [
+        "gateway was killed by SIGKILL",
+        "tritonserver was killed by SIGKILL",
+    ]
 
 
 def pid_of_any(serving, what):
@@ -121,6 +138,14 @@ def test_a_second_gateway_takes_over_and_the_first_drains(tmp_path, checkpoint):
                 ended = time.monotonic() - moment
                 count = len(load.answers)
                 await until(lambda: len(load.answers) > count + 200, "answers of the second")
+                # uvicorn starts another in its place.
+                fallen = (await asyncio.to_thread(workers_of, second))[0]
+                os.kill(fallen, signal.SIGTERM)
+                await asyncio.to_thread(
+                    wait_until, lambda: is_whole_again(serving, second, fallen), "another worker"
+                )
+                count = len(load.answers)
+                await until(lambda: len(load.answers) > count + 200, "answers of both workers")
                 # The supervisor has started another one; it takes the load over from the second.
                 await asyncio.to_thread(
                     wait_until, lambda: listens(serving, pid_of_any(serving, "-m gateway")), "a third"
@@ -138,6 +163,11 @@ def test_a_second_gateway_takes_over_and_the_first_drains(tmp_path, checkpoint):
 
         asyncio.run(change())
         assert serving.stop(90) == 0
+
+
+def is_whole_again(serving, gateway, fallen):
+    workers = workers_of(gateway)
+    return fallen not in workers and sum(listens(serving, pid) for pid in workers) == 2
 
 
 def listens(serving, pid):
