@@ -11,7 +11,8 @@ halted; the default model's are left alone, to be seen for the whole time.
 
 A fifth of the time warms up. For every process that lived for most of what follows the slope of its own
 memory is printed, in MiB an hour, with how far the memory itself went: without files, and without /dev/shm,
-of which the server maps a new part with each stage that is replaced. Rows go to perf/results/soak.csv.
+of which the server maps a new part with each stage that is replaced. Rows go to perf/results/soak.csv. An
+answer that is wrong, unexpected or missing makes it fail; whether a slope is one is for whoever reads it.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -38,6 +40,8 @@ from tests.support.server import Serving
 
 _SAMPLE_INTERVAL_S = 10.0
 _WARM_UP = 0.2
+_UNEXPECTED, _WRONG, _NO_ANSWER = " unexpected", "wrong", "no answer"
+_BAD = (_WRONG, _NO_ANSWER)
 Sample = tuple[float, dict[str, memory.Process]]
 """Minutes since the beginning, and what each process took."""
 Tally = collections.Counter[str]
@@ -70,6 +74,11 @@ def main() -> None:
             watch.join()
             report(samples)
             print("answers:", ", ".join(f"{what}: {count}" for what, count in sorted(tally.items())))
+    bad = {
+        what: count for what, count in tally.items() if what.startswith(_BAD) or what.endswith(_UNEXPECTED)
+    }
+    if bad:
+        sys.exit(f"error: not every answer was right: {bad}")
 
 
 def sample(serving: Serving, samples: list[Sample], is_over: threading.Event) -> None:
@@ -124,12 +133,14 @@ async def client(
             async with session.post(request.path, json=request.body) as answer:
                 found = await answer.json()
                 expected = request.statuses
-                tally[f"{answer.status}" if answer.status in expected else f"{answer.status} unexpected"] += 1
+                tally[
+                    f"{answer.status}" if answer.status in expected else f"{answer.status}{_UNEXPECTED}"
+                ] += 1
                 key = (request.path, request.name)
                 if answer.status == 200 and key in right and not is_right(found, right[key]):
-                    tally["wrong"] += 1
+                    tally[_WRONG] += 1
         except (aiohttp.ClientError, TimeoutError) as error:
-            tally[f"no answer ({type(error).__name__})"] += 1
+            tally[f"{_NO_ANSWER} ({type(error).__name__})"] += 1
 
 
 async def faults(serving: Serving, every_s: float, end: float, tally: Tally) -> None:
