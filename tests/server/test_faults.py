@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.support import multimodal
+from tests.support.checkpoints import classifier, distilbert
 from tests.support.load import Ask, tell, under_load, until
 from tests.support.server import gateway, serve, wait_until
 from triton_embeddings import models
@@ -50,6 +51,7 @@ ASKS = {
     "m3.colbert": Ask(
         "/v1/embeddings/colbert", read=lambda row: np.mean(row["embedding"], axis=0), timeout_s=TIMEOUT_S
     ),
+    "topics.logits": Ask("/v1/classify", read=lambda row: np.array(row["probs"]), timeout_s=TIMEOUT_S),
     "clip.image": Ask(inputs=[picture(seed) for seed in range(8)], timeout_s=TIMEOUT_S),
 }
 
@@ -60,6 +62,8 @@ def faulty(tmp_path_factory, kinds):
     folder = tmp_path_factory.mktemp("faults")
     models.add(folder / "models", str(kinds / "bge-m3"), "m3", {"dtype": "float32", "max_length": 512})
     models.add(folder / "models", str(kinds / "bge-m3"), "tokens", {"dtype": "float32", "task": "tokens"})
+    classifier(folder / "topics", distilbert, 3, ("good", "bad", "ugly"))
+    models.add(folder / "models", str(folder / "topics"), "topics", {"dtype": "float32"})
     multimodal.clip(folder / "clip")
     models.add(folder / "models", str(folder / "clip"), "clip", {"dtype": "float32"})
     # What requests wait for a repair is the default: on a busy machine some are refused, and are told so.
@@ -84,8 +88,11 @@ def stub(serving, entry):
 
 
 def server_deaths(serving):
-    """Of a lock of its own (2.51) that was held by a process that ended; serve starts it again."""
-    return serving.server_log().count("what():  boost::interprocess::lock_exception")
+    """Of a lock of its own (2.51) that was held by a process that ended, or by serve, because it kept too
+    much of those that had died; serve starts it again.
+    """
+    aborted = serving.server_log().count("what():  boost::interprocess::lock_exception")
+    return aborted + serving.output.read_text().count("that died; killing it")
 
 
 async def ready(client, serving, model):
