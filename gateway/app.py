@@ -15,9 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from gateway import tracing
+from gateway import byte_budget, tracing
 from gateway.access import Access
-from gateway.body_budget import BodyBudget
 from gateway.context import current
 from gateway.drain import Drain, Draining
 from gateway.endpoints import ADMIN, DEFAULT_DIALECT, DIALECTS
@@ -67,7 +66,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
         ),
         telemetry=tracing.fastapi_options(spans),
     )
-    app.state.body_budget = BodyBudget(settings.max_body_bytes_total)
+    app.state.body_budget = byte_budget.bodies(settings.max_body_bytes_total)
     for name, dialect in DIALECTS.items():
         if name != ADMIN or settings.admin_key is not None:
             app.include_router(dialect.router, tags=[name])

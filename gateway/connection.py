@@ -22,6 +22,10 @@ LIMITS = "connection_limits"
 """The name of a ConnectionLimits in the application's lifespan state."""
 REFUSAL = "refusal"
 """The name, in the state of a request, of what is wrong with it before it is looked at."""
+WRITTEN = "written"
+"""The name, in the state of a request, of what returns when the client has taken nearly all that it was sent,
+or has gone.
+"""
 
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 # Connections beyond the limit that are told so. Those beyond these are closed without a word.
@@ -97,6 +101,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head_since = None
+        self.scope["state"][WRITTEN] = self.flow.drain
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         refusal: GatewayError | None = None
         if size > self.limits.max_header_bytes:

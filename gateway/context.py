@@ -30,6 +30,14 @@ class ServerRequest:
     phases: Mapping[str, float]
 
 
+class Held(Protocol):
+    """Bytes of its answer; `gateway/byte_budget.py` has it."""
+
+    def add(self, n_bytes: int) -> None: ...
+    def check(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class TokenBudget(Protocol):
     """What a key may have computed; `gateway/budget.py` has it."""
 
@@ -75,12 +83,19 @@ class RequestContext:
     answered_at: float | None = None
     """time.monotonic() of the last answer of a model, put together."""
     last_server_request: ServerRequest | None = None
+    answer: Held | None = None
+    """What is held of its answer; None before the server gave some."""
 
     def charge(self, n_tokens: int) -> None:
         """Takes so many out of the budget of its key, or puts them back where they are negative."""
         if self.budget is not None:
             self.is_charged = True
             self.budget.charge(n_tokens)
+
+    def end(self) -> None:
+        """Its answer is sent, or nobody waits for it any more."""
+        if self.answer is not None:
+            self.answer.close()
 
     @property
     def route(self) -> str:

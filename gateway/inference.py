@@ -21,11 +21,11 @@ from backends.contract import (
     RequestParameter,
     multimodal_name,
 )
-from gateway import phases
+from gateway import byte_budget, phases
 from gateway.admission import Admission, AdmissionLimits
 from gateway.batches import Answer, Array, Item, Part, cut, merge, size, tensors
 from gateway.charge import charged, check
-from gateway.context import current
+from gateway.context import Held, current
 from gateway.errors import (
     AnswerTooLarge,
     RefusedItem,
@@ -90,9 +90,10 @@ class GrpcInference:
         *,
         limits: AdmissionLimits | None = None,
         repair_wait_s: float = 0.0,
+        max_answer_bytes_total: int = 512 * 2**20,
     ) -> None:
         """`addresses`: host:port of each server. Requests wait for a model that was lost until
-        `repair_wait_s` after its loss.
+        `repair_wait_s` after its loss. Of one answer so many bytes may be held, and of all.
         """
         self.admission = Admission(limits or AdmissionLimits())
         self.calls = ServerCalls(addresses, timeout_s, repair_wait_s)
@@ -100,6 +101,7 @@ class GrpcInference:
         self.availability = self.calls.availability
         self._timeout_s = timeout_s
         self._max_answer_bytes = max_answer_bytes
+        self.answers = byte_budget.answers(max_answer_bytes_total)
         self._image_turns: dict[str, asyncio.Semaphore] = {}
         # Server requests with their turns; some are there when their clients have gone.
         self._stays: set[asyncio.Task[Any]] = set()
@@ -133,6 +135,7 @@ class GrpcInference:
         # The patches of an image take megabytes, however few bytes its file has.
         is_large = is_large or any(part.has_images for part in parts)
         gate = asyncio.Semaphore(_LARGE_PARTS if is_large else len(parts))
+        held = self._hold(is_large=bool(_LARGE & set(outputs)))
         answered = 0
         began = time.monotonic()
 
@@ -152,9 +155,12 @@ class GrpcInference:
                     raise _too_large(self._max_answer_bytes)
                 sent, answer = await self._outlive(stay(part))
                 _record(began, sent, answer, stage)
-                answered += sum(array.nbytes * _JSON_WEIGHT.get(name, 1) for name, array in answer.items())
+                size = sum(array.nbytes * _JSON_WEIGHT.get(name, 1) for name, array in answer.items())
+                answered += size
                 if answered > self._max_answer_bytes:
                     raise _too_large(self._max_answer_bytes)
+                if held is not None:
+                    held.add(size)
                 return answer
 
         limit = time_limit(self._timeout_s)
@@ -176,6 +182,18 @@ class GrpcInference:
                 raise min(failures, key=lambda error: error.item or 0)
         good = [answer for answer in answers if not isinstance(answer, RefusedItem)]
         return {name: merge(name, good, parts, len(items)) for name in outputs}
+
+    def _hold(self, *, is_large: bool) -> Held | None:
+        """Of the answer of the request that runs; None outside of one. Raises Unavailable where others leave
+        no room for a large one.
+        """
+        if (context := current()) is None:
+            return None
+        if context.answer is None:
+            context.answer = self.answers.enter()
+        if is_large:
+            context.answer.check()
+        return context.answer
 
     @contextlib.contextmanager
     def _enter(

@@ -47,6 +47,7 @@ async def serving(
         settings.servers,
         settings.request_timeout_s,
         settings.max_answer_bytes,
+        max_answer_bytes_total=settings.max_answer_bytes_total,
         limits=settings.admission_limits,
         repair_wait_s=settings.repair_wait_s,
     )

@@ -78,6 +78,10 @@ class Settings(BaseSettings):
     """Token ids of one request, in all its items."""
     max_answer_bytes: int = Field(256 * 2**20, ge=1)
     """Numbers of one answer, before they are written as JSON: vectors of every token add up."""
+    max_answer_bytes_total: int = Field(512 * 2**20, ge=1)
+    """Of all answers until their clients have them, in each gateway process; those that do not fit beside
+    them are refused with 503. Of each the first 256 KiB are not counted.
+    """
     max_tokenize_bytes: int = Field(256 * 2**10, ge=1)
     """Text of one request to /tokenize, whose answer is a hundred times larger."""
     max_products: int = Field(10**11, ge=1)

@@ -16,8 +16,8 @@ import orjson
 from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
 
-from gateway.body_budget import BodyBudget
 from gateway.body_shape import check_shape
+from gateway.byte_budget import ByteBudget
 from gateway.errors import BadRequest, BodyTooLarge, shorten
 from gateway.urgency import read_fields, read_headers
 
@@ -45,14 +45,14 @@ async def read_bytes(request: Request, max_bytes: int) -> bytes:
     is_waiting = request.headers.get("expect", "").lower() == "100-continue"
     if is_waiting and declared > max_bytes:
         raise _too_large(max_bytes)
-    budget: BodyBudget = request.app.state.body_budget
+    budget: ByteBudget = request.app.state.body_budget
     chunks = []
     size = 0
     with budget.enter(declared if declared <= max_bytes else 0) as held:
         async for chunk in request.stream():
             size += len(chunk)
             if size <= max_bytes:
-                held.grow(size)
+                held.add(len(chunk))
                 chunks.append(chunk)
             elif size > max_bytes * _DISCARDED:
                 break

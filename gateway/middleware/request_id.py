@@ -1,5 +1,5 @@
-"""Gives every request its context and its id, which answers carry: the client's own `x-request-id`, or a new
-one.
+"""Gives every request its context, which ends with it, and its id, which answers carry: the client's own
+`x-request-id`, or a new one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.connection import WRITTEN
 from gateway.context import RequestContext, enter
 
 HEADER = "x-request-id"
@@ -29,11 +30,18 @@ class RequestId:
             return
         given = Headers(scope=scope).get(HEADER, "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        enter(RequestContext(request_id, scope=scope))
+        context = RequestContext(request_id, scope=scope)
+        enter(context)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[HEADER] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+            # An answer that was sent lies in memory until the client has read it.
+            if (written := scope.get("state", {}).get(WRITTEN)) is not None:
+                await written()
+        finally:
+            context.end()

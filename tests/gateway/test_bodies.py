@@ -10,8 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway import body_shape
-from gateway.body_budget import BodyBudget
+from gateway import body_shape, byte_budget
 from gateway.body_shape import MAX_CONTAINERS, MAX_VALUES, check_shape, measure
 from gateway.errors import BodyTooLarge, Unavailable
 from gateway.wire import parse
@@ -119,20 +118,20 @@ async def test_the_dialect_says_what_is_too_many(path):
 
 
 def test_the_budget_of_bodies():
-    budget = BodyBudget(1_000_000)
+    budget = byte_budget.bodies(1_000_000)
     with budget.enter(0) as alone:
-        alone.grow(5_000_000)
+        alone.add(5_000_000)
         with pytest.raises(Unavailable):
             budget.enter(100_000)
         # A short one is always read.
         with budget.enter(65_536) as short:
-            short.grow(65_536)
+            short.add(65_536)
     assert budget.held == 0
     with budget.enter(600_000) as first, budget.enter(600_000) as second:
-        first.grow(600_000)
-        second.grow(400_000)
+        first.add(600_000)
+        second.add(400_000)
         with pytest.raises(Unavailable, match="take 534464 of 1000000 bytes"):
-            second.grow(600_000)
+            second.add(200_000)
         second.close()
         assert budget.held == 600_000 - 65_536
     assert budget.held == 0

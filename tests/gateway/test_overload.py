@@ -7,19 +7,22 @@ import dataclasses
 import json
 import time
 
+import httpx
 import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from backends.contract import DENSE, LOGITS, N_TOKENS, TRUNCATED
-from gateway import metrics
+from backends.contract import DENSE, LOGITS, N_TOKENS, TOKEN_EMBEDDINGS, TRUNCATED
+from gateway import byte_budget, metrics
 from gateway.admission import AdmissionLimits
-from gateway.context import Lane
+from gateway.context import Lane, RequestContext, enter
+from gateway.errors import Unavailable
 from gateway.inference import GrpcInference
 from gateway.keys import digest_of
 from tests.gateway.conftest import running
 from tests.support.fake_inference import CLASSIFIER, PIPELINE, RERANKER
 from tests.support.figures import show
+from tests.support.gateway import listening
 
 # A text of 60 bytes has 16 tokens at most, the model's limit; a budget is 64.
 TEXT = "x" * 60
@@ -35,6 +38,7 @@ class Client:
         self.release = asyncio.Event()
         self.release.set()
         self.fault = None
+        self.width = 8
 
     async def infer(self, model, inputs, *, parameters, **options):
         count = inputs[0].shape()[0]
@@ -47,19 +51,20 @@ class Client:
                 raise
         if self.fault is not None and "deadline_ms" in (parameters or {}):
             raise InferenceServerException(*self.fault)
-        return Answer(count)
+        return Answer(count, self.width)
 
     async def close(self):
         pass
 
 
 class Answer:
-    def __init__(self, count):
+    def __init__(self, count, width=8):
         self.count = count
+        self.width = width
 
     def as_numpy(self, name):
         rows = {
-            DENSE: np.ones((self.count, 8), np.float32),
+            DENSE: np.ones((self.count, self.width), np.float32),
             LOGITS: np.ones((self.count, 3), np.float32),
             N_TOKENS: np.ones((self.count, 1), np.int32),
             TRUNCATED: np.zeros((self.count, 1), bool),
@@ -235,6 +240,43 @@ async def test_a_requests_duration_is_told_by_the_lane_it_waited_in(client):
     before = durations(Lane.BULK)
     await client.post("/v1/embeddings", json={"input": [TEXT] * 9})
     assert durations(Lane.BULK) == before + 1, "by its size"
+
+
+async def test_answers_that_nobody_reads_keep_out_others_as_large(inference):
+    inference.servers[0].client.width = 4096
+    inference._max_answer_bytes = 2**30
+    inference.answers = byte_budget.answers(10 * 2**20)
+    body = {"input": ["a"] * 512}
+    with listening(inference, min_bytes_per_s=0) as gateway:
+        reader, writer = await asyncio.open_connection(*gateway.address, limit=2**16)
+        text = json.dumps(body)
+        head = f"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: {len(text)}\r\n\r\n"
+        writer.write((head + text).encode())
+        assert b" 200 " in await reader.readline()
+        held = 512 * 4096 * 4 - 256 * 2**10
+        await until(lambda: inference.answers.held >= held)
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as client:
+            for _ in range(3):
+                answer = await client.post("/v1/embeddings", json=body)
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+                assert answer.json()["error"]["code"] == "too_many_answers"
+                assert "the operator can raise the limit with GATEWAY_MAX_ANSWER_BYTES_TOTAL" in answer.text
+            assert (await client.post("/v1/embeddings", json={"input": "a"})).status_code == 200
+            assert inference.answers.held >= held, "it is not read yet"
+            writer.transport.abort()
+            await until(lambda: inference.answers.held == 0)
+            assert (await client.post("/v1/embeddings", json=body)).status_code == 200, "a control"
+            await until(lambda: inference.answers.held == 0)
+
+
+async def test_an_answer_with_a_vector_for_each_token_that_has_no_room_is_not_computed(inference):
+    inference.answers = byte_budget.answers(10**6)
+    inference.answers.enter().add(2 * 10**6)
+    enter(RequestContext("r"))
+    with pytest.raises(Unavailable, match="take 1737856 of 1000000 bytes"):
+        await inference.infer(PIPELINE, [b"a"], [TOKEN_EMBEDDINGS], {})
+    assert inference.servers[0].client.asked == []
+    await inference.infer(PIPELINE, [b"a"], [DENSE], {})
 
 
 async def test_a_header_and_the_operators_limit(client, inference):
