@@ -93,6 +93,9 @@ def server_options(settings: Settings) -> dict[str, Any]:
         "ws": "none",
         "ssl_certfile": settings.tls_cert_file,
         "ssl_keyfile": settings.tls_key_file,
+        "ssl_keyfile_password": (
+            None if settings.tls_key_password is None else settings.tls_key_password.get_secret_value()
+        ),
         # One line for each request costs a tenth of the throughput; GATEWAY_ACCESS_LOG asks for ours.
         "access_log": False,
         # Its loggers write as all others do.

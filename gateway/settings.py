@@ -46,6 +46,8 @@ class Settings(BaseSettings):
     """A PEM file with the certificate, and the chain behind it: HTTPS is spoken then."""
     tls_key_file: Path | None = None
     """Its private key, where that is not in the same file."""
+    tls_key_password: SecretStr | None = None
+    """Of that key, where it has one."""
     max_connections: int = Field(1000, ge=1)
     """Connections that are open at once; those beyond are told so with 503, and closed."""
     max_headers: int = Field(100, ge=1)

@@ -53,7 +53,7 @@ def read_gateway_settings(flags: Mapping[str, Any]) -> Settings:
         )
         reason = first["msg"].removeprefix("Value error, ")
         # What stands in a key is nobody's business.
-        shown = "wrong" if name.endswith("_key") else repr(first["input"])
+        shown = "wrong" if name.endswith(("_key", "_password")) else repr(first["input"])
         raise CommandError(f"{where} is {shown}: {reason[:1].lower()}{reason[1:]}") from error
 
 
@@ -68,12 +68,13 @@ def check_strangers(settings: Settings) -> Access:
         raise CommandError("GATEWAY_TLS_KEY_FILE is set, and GATEWAY_TLS_CERT_FILE is not: give both")
     if certificate is not None:
         try:
-            # Without a password: nobody sits there to type one.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+            # Never None: then somebody would have to sit there and type it.
+            password = settings.tls_key_password.get_secret_value() if settings.tls_key_password else ""
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=password)
         except OSError as error:
             reason = error.strerror or str(error)
             raise CommandError(
                 f"the certificate {certificate} with the key {key or 'in it'} cannot be used: {reason}; both "
-                "are PEM files, and the key is without a password"
+                "are PEM files, and a key with a password needs GATEWAY_TLS_KEY_PASSWORD"
             ) from error
     return access

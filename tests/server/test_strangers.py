@@ -3,19 +3,28 @@
 import collections
 import json
 import os
+import socket
 import ssl
 import subprocess
+import time
 import urllib.request
 from pathlib import Path
 
 import httpx
 import pytest
 import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from gateway.app import create_app
 from gateway.settings import Settings
 from tests.support import checkpoints, multimodal
 from tests.support.fake_inference import FakeInference
+from tests.support.load import tell
 from tests.support.mutations import good_bodies, mutants
 from tests.support.oracle import ask
 from tests.support.server import COMMAND, serve, wait_until
@@ -161,10 +170,21 @@ def test_mutated_bodies_leave_the_server_as_it_was(fuzzed):
 def test_https_is_spoken_with_a_certificate_of_ones_own(tmp_path):
     authority = trustme.CA()
     certificate = authority.issue_cert("embeddings.example", "127.0.0.1")
-    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "own.pem")
+    chain = tmp_path / "own.pem"
+    certificate.cert_chain_pems[0].write_to_path(chain)
+    key = load_pem_private_key(certificate.private_key_pem.bytes(), None)
+    secret = BestAvailableEncryption(b"a-password")
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, secret))
+    settings = {"CERT_FILE": chain, "KEY_FILE": tmp_path / "key.pem", "KEY_PASSWORD": "a-password"}
     trusted = ssl.create_default_context()
     authority.configure_trust(trusted)
-    with serve(tmp_path / "output", GATEWAY_TLS_CERT_FILE=str(tmp_path / "own.pem")) as running:
+    with serve(
+        tmp_path / "output", **{f"GATEWAY_TLS_{name}": str(value) for name, value in settings.items()}
+    ) as running:
+        # Who never finishes the handshake is cut off.
+        host, port = running.url.removeprefix("http://").split(":")
+        silent = socket.create_connection((host, int(port)), timeout=60)
+        came = time.monotonic()
         assert "ready at https://localhost:" in running.output.read_text()
         url = running.url.replace("http://", "https://")
         body = json.dumps({"input": "Hello"}).encode()
@@ -173,6 +193,9 @@ def test_https_is_spoken_with_a_certificate_of_ones_own(tmp_path):
             assert len(json.load(answer)["data"][0]["embedding"]) == 384
         with pytest.raises(httpx.HTTPError):
             httpx.get(f"{running.url}/health")
+        assert silent.recv(1) == b""
+        tell(f"\na client that never began its handshake was cut off after {time.monotonic() - came:.1f} s")
+        silent.close()
 
 
 def test_what_cannot_be_used_stops_serve_before_anything_starts(tmp_path):
