@@ -29,6 +29,7 @@ from gateway.middleware.api_keys import ApiKeys
 from gateway.middleware.cors import cors
 from gateway.middleware.disconnect import Disconnect
 from gateway.middleware.observation import Observation
+from gateway.middleware.pieces import Pieces
 from gateway.middleware.refusals import Refusals
 from gateway.middleware.request_id import HEADER, RequestId
 from gateway.middleware.slow_bodies import SlowBodies
@@ -86,6 +87,7 @@ def create_app(settings: Settings, inference: Inference | None = None) -> FastAP
     if settings.cors_origins:
         app.add_middleware(cors, origins=settings.cors_origins)
     app.add_middleware(Observation, has_access_log=settings.access_log)
+    app.add_middleware(Pieces, timeout_s=settings.body_timeout_s)
     app.add_middleware(RequestId)
     app.add_exception_handler(GatewayError, _answer_error)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)

@@ -93,9 +93,10 @@ class HeldBytes:
         self._size += n_bytes
         self._held += more
 
-    def check(self) -> None:
-        """Raises Unavailable where others leave no room for anything that counts."""
-        self._budget.check(self._held + 1, self._budget.held - self._held)
+    def check(self, more: int = 0) -> None:
+        """Raises Unavailable where others leave no room for what is there and so many bytes more."""
+        own = self._size + more - self._budget.kind.free
+        self._budget.check(own, self._budget.held - self._held)
 
     def close(self) -> None:
         """Nothing of it is held any more."""

@@ -22,10 +22,8 @@ LIMITS = "connection_limits"
 """The name of a ConnectionLimits in the application's lifespan state."""
 REFUSAL = "refusal"
 """The name, in the state of a request, of what is wrong with it before it is looked at."""
-WRITTEN = "written"
-"""The name, in the state of a request, of what returns when the client has taken nearly all that it was sent,
-or has gone.
-"""
+CONNECTION = "connection"
+"""The name, in the state of a request, of its GuardedProtocol."""
 
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 # Connections beyond the limit that are told so. Those beyond these are closed without a word.
@@ -101,7 +99,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head_since = None
-        self.scope["state"][WRITTEN] = self.flow.drain
+        self.scope["state"][CONNECTION] = self
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         refusal: GatewayError | None = None
         if size > self.limits.max_header_bytes:
@@ -119,6 +117,16 @@ class GuardedProtocol(HttpToolsProtocol):
         if refusal is not None:
             self.scope["state"][REFUSAL] = refusal
         super().on_headers_complete()
+
+    def piece_taken(self) -> None:
+        """Another piece of a large answer was written, for which there is only room when most of those before
+        it are on their way.
+        """
+        self._unsent = 0
+
+    def cut_off(self) -> None:
+        """At once, with all that waits to be sent."""
+        self.transport.abort()
 
     def is_overdue(self, now: float) -> bool:
         """Whether the other end keeps this connection for nothing."""

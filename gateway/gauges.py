@@ -22,15 +22,13 @@ def show_models(readiness: Readiness) -> None:
 
 
 def _show_servers(catalog: Catalog, inference: GrpcInference) -> None:
-    metrics.show_servers(
-        {
-            (server.address, pipeline.served_model_name): (
-                inference.availability.loss(server.address, pipeline.name) is None
-            )
-            for server in inference.servers
-            for pipeline in catalog.pipelines
-        }
-    )
+    answers: dict[tuple[str, str], bool] = {}
+    for server in inference.servers:
+        for pipeline in catalog.pipelines:
+            losses = [inference.availability.loss(server.address, name) for name in pipeline.ensembles]
+            key = server.address, pipeline.served_model_name
+            answers[key] = answers.get(key, True) and not any(losses)
+    metrics.show_servers(answers)
 
 
 async def watch(readiness: Readiness, catalog: Catalog, inference: GrpcInference | None) -> None:

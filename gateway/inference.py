@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from backends.contract import (
     COUNT_OF,
+    DENSE,
     ENCODER_TIMES,
     IMAGE_TIMES,
     SPARSE_INDICES,
@@ -42,6 +43,8 @@ Result = TypeVar("Result")
 
 _LARGE = frozenset({TOKEN_VECTORS, TOKEN_EMBEDDINGS})
 _LARGE_PARTS = 4
+# A vector for each token of a few sentences.
+_SURELY_LARGE = 2**20
 # Enough to keep the image stage and the encoder busy.
 _IMAGE_PARTS = 8
 # Of a long query that goes with each of thousands of documents only so much is in flight at once.
@@ -135,7 +138,7 @@ class GrpcInference:
         # The patches of an image take megabytes, however few bytes its file has.
         is_large = is_large or any(part.has_images for part in parts)
         gate = asyncio.Semaphore(_LARGE_PARTS if is_large else len(parts))
-        held = self._hold(is_large=bool(_LARGE & set(outputs)))
+        held = self._hold(_expected_bytes(pipeline, len(items), outputs))
         answered = 0
         began = time.monotonic()
 
@@ -153,6 +156,8 @@ class GrpcInference:
             async with gate:
                 if answered > self._max_answer_bytes:
                     raise _too_large(self._max_answer_bytes)
+                if held is not None:
+                    held.check()
                 sent, answer = await self._outlive(stay(part))
                 _record(began, sent, answer, stage)
                 size = sum(array.nbytes * _JSON_WEIGHT.get(name, 1) for name, array in answer.items())
@@ -183,16 +188,15 @@ class GrpcInference:
         good = [answer for answer in answers if not isinstance(answer, RefusedItem)]
         return {name: merge(name, good, parts, len(items)) for name in outputs}
 
-    def _hold(self, *, is_large: bool) -> Held | None:
+    def _hold(self, expected: int) -> Held | None:
         """Of the answer of the request that runs; None outside of one. Raises Unavailable where others leave
-        no room for a large one.
+        no room for so many bytes.
         """
         if (context := current()) is None:
             return None
         if context.answer is None:
             context.answer = self.answers.enter()
-        if is_large:
-            context.answer.check()
+        context.answer.check(expected)
         return context.answer
 
     @contextlib.contextmanager
@@ -213,12 +217,16 @@ class GrpcInference:
         if context is None or stage is not None:
             yield FreePass()
             return
-        losses = [self.availability.loss(server.address, pipeline.name) for server in self.servers]
+        ensembles = {_entry(pipeline, None, has_images=part.has_images) for part in parts}
+        able = sum(
+            all(self.availability.loss(server.address, name) is None for name in ensembles)
+            for server in self.servers
+        )
         queue = self.admission.queue(
             pipeline.name,
             pipeline.served_model_name,
             pipeline.max_batch_tokens,
-            max(1, losses.count(None)),
+            max(1, able),
         )
         price = Price(sum(part.tokens for part in parts), sum(part.size for part in parts))
         check(context)
@@ -285,6 +293,13 @@ async def _all_or_fault(
     if faults:
         raise faults[0]
     return [answer for answer in answers if isinstance(answer, (dict, RefusedItem))]
+
+
+def _expected_bytes(pipeline: Pipeline, count: int, outputs: Sequence[str]) -> int:
+    """Of an answer, as far as it is known before: at least."""
+    if _LARGE & set(outputs):
+        return _SURELY_LARGE
+    return 4 * count * (pipeline.dimensions or 0) if DENSE in outputs else 0
 
 
 def _too_large(max_bytes: int) -> AnswerTooLarge:

@@ -144,6 +144,7 @@ EXPIRED_REQUESTS = Counter(
 )
 _HAS_WORKERS = values.ValueClass is not values.MutexValue
 _shown_models: set[str] = set()
+_shown_servers: set[tuple[str, str]] = set()
 _BUSY, _KEY = "busy", "key"
 _OF_LANES = (QUEUED_TOKENS, QUEUED_TOKENS_LIMIT, QUEUED_REQUESTS, EXPIRED_REQUESTS)
 
@@ -212,8 +213,13 @@ def show_models(models: Mapping[str, str | None], *, is_server_up: bool) -> None
 
 def show_servers(answers: Mapping[tuple[str, str], bool]) -> None:
     """Sets, by a server's address and a model's name, whether that server answers for it."""
-    if not _HAS_WORKERS:
-        SERVER_MODEL_UP.clear()
+    for gone in _shown_servers - answers.keys():
+        if _HAS_WORKERS:
+            SERVER_MODEL_UP.labels(*gone).set(True)
+        else:
+            SERVER_MODEL_UP.remove(*gone)
+    _shown_servers.clear()
+    _shown_servers.update(answers)
     for labels, does in answers.items():
         SERVER_MODEL_UP.labels(*labels).set(does)
 
@@ -222,7 +228,7 @@ def count_request(context: RequestContext, status: int, seconds: float) -> None:
     """One answered request, with its phases."""
     route, model = context.route or OTHER_ROUTE, context.model or NO_MODEL
     _requests(route, model, status).inc()
-    _request_duration(route, model, context.lane_taken or NO_LANE).observe(seconds)
+    _request_duration(route, model, context.lane_taken or context.lane or NO_LANE).observe(seconds)
     if context.model:
         for phase, duration in context.phases.items():
             _phase_duration(phase, model).observe(duration)

@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     header_timeout_s: float = Field(20.0, gt=0)
     """A client that has not sent its headers by then is cut off."""
     body_timeout_s: float = Field(300.0, gt=0)
-    """Waiting for a client's body, in all; longer is refused with 408."""
+    """Waiting for a client's body, in all; longer is refused with 408. And for it to take a large answer."""
     min_bytes_per_s: int = Field(512, ge=0)
     """Slower clients are cut off, those that send a body and those that read an answer."""
     progress_window_s: float = Field(20.0, gt=0)

@@ -220,9 +220,10 @@ class ContinuousStage(Stage, Generic[W]):
         else:
             return
         # Out here the error, and all that its frames hold of the device, is gone.
+        is_computed, results = results is not None, None
         if lacks_memory:
             self.free_memory()
-        if lacks_memory and results is None:
+        if lacks_memory and not is_computed:
             self._compute_in_halves(pieces)
             return
         for piece in pieces:

@@ -10,7 +10,6 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.connection import WRITTEN
 from gateway.context import RequestContext, enter
 
 HEADER = "x-request-id"
@@ -40,8 +39,5 @@ class RequestId:
 
         try:
             await self._app(scope, receive, send_with_id)
-            # An answer that was sent lies in memory until the client has read it.
-            if (written := scope.get("state", {}).get(WRITTEN)) is not None:
-                await written()
         finally:
             context.end()

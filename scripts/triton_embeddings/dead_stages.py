@@ -46,7 +46,7 @@ class DeadStages:
 
     def __init__(self, prefix: str) -> None:
         self._prefix = os.fsencode(prefix)
-        self._look_at = 0.0
+        self._look_at = self._deaf_until = 0.0
         self._looks = 0
         self._known: dict[bytes, _Region] = {}
 
@@ -61,9 +61,9 @@ class DeadStages:
         self._look_at = now + _INTERVAL_S
         with contextlib.suppress(OSError):
             reason = self._look(server)
-            if reason is not None:
-                self._look_at = now + _PAUSE_S
-            return reason
+            if reason is not None and now >= self._deaf_until:
+                self._deaf_until = now + _PAUSE_S
+                return reason
         return None
 
     def _look(self, server: int) -> str | None:
@@ -89,13 +89,11 @@ class DeadStages:
         bound = min(_LARGEST_PART * disk.total or _MOST_BYTES, _MOST_BYTES)
         if held and (count >= _MOST or size >= bound):
             return _describe(size, count)
-        if (
-            disk.total
-            and disk.free < _ROOM_FOR_ONE
-            and (left := [r for r in dead.values() if self._is_left(r)])
-        ):
+        left = {name: region for name, region in dead.items() if self._is_left(region)}
+        size = sum(sizes[name] for name in left)
+        if disk.total and disk.free < _ROOM_FOR_ONE <= disk.free + size:
             # None of them can be replaced.
-            return _describe(sum(sizes[name] for name in dead), len({region.stage for region in left}))
+            return _describe(size, len({region.stage for region in left.values()}))
         return None
 
     def _is_kept(self, region: _Region) -> bool:

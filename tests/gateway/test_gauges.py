@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import time
 from types import SimpleNamespace
 
 from gateway import gauges, metrics
@@ -37,8 +38,10 @@ async def test_each_servers_models_are_told(monkeypatch):
     name = PIPELINE.served_model_name
 
     async def until(*states):
+        deadline = time.monotonic() + 20
         while _servers() != dict(zip((("a:1", name), ("b:1", name)), states, strict=False)):
             assert not watch.done()
+            assert time.monotonic() < deadline, (states, _servers())
             await asyncio.sleep(0.001)
 
     await until(1, 0)

@@ -51,21 +51,23 @@ def another_gateway(serving):
 
 def workers_of(process):
     """Process ids of what a gateway of several workers has started to listen."""
-    file = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [
-        int(pid)
-        for pid in file.read_text().split()
-        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    found = []
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        # One may end while it is looked at.
+        with contextlib.suppress(OSError):
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(int(pid))
+    return found
 
 
 def sockets_of(pid):
     found = []
-    for descriptor in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            target = os.readlink(f"/proc/{pid}/fd/{descriptor}")
-            if target.startswith("socket:["):
-                found.append(target[8:-1])
+    with contextlib.suppress(FileNotFoundError):
+        for descriptor in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                target = os.readlink(f"/proc/{pid}/fd/{descriptor}")
+                if target.startswith("socket:["):
+                    found.append(target[8:-1])
     return found
 
 
