@@ -11,6 +11,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -22,6 +24,8 @@ from gateway.drain import Drain
 _LAST_WORDS_S = 2
 _POLL_INTERVAL_S = 0.05
 _HANDSHAKE_TIMEOUT_S = 10.0
+# Of the event loop: in each it takes in what waits.
+_TURNS = 2
 
 
 def listen(host: str, port: int, *, is_shared: bool) -> socket.socket:
@@ -59,6 +63,22 @@ def run(config: uvicorn.Config, listener: socket.socket) -> bool:
 class DrainingServer(uvicorn.Server):
     """The server of one process. Its application's lifespan state holds a Drain as `drain`."""
 
+    _listeners: Sequence[socket.socket] = ()
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn with the sockets that it listens on."""
+        self._listeners = sockets or ()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by uvicorn for a signal. Before it has started connections wait in its sockets for nobody, when
+        all others that listen on them have stopped.
+        """
+        super().handle_exit(sig, frame)
+        if not self.started:
+            for listener in self._listeners:
+                listener.close()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Called by uvicorn, which has no option for the handshake; the loop's own minute would let those who
         never finish it keep files that no other limit counts.
@@ -68,12 +88,21 @@ class DrainingServer(uvicorn.Server):
             loop.create_server = functools.partial(
                 loop.create_server, ssl_handshake_timeout=_HANDSHAKE_TIMEOUT_S
             )
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError:
+            if not self.should_exit:
+                raise
+            # It was told to stop before it listened.
+            await self.lifespan.shutdown()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called by uvicorn after the signal."""
         deadline = time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
         drain: Drain = self.lifespan.state["drain"]
+        # Connections that are made already are taken in, for closing the socket breaks them.
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
         drain.begin()
         for server in self.servers:
             server.close()
