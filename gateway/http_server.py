@@ -71,8 +71,8 @@ class DrainingServer(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by uvicorn for a signal. Before it has started connections wait in its sockets for nobody, when
-        all others that listen on them have stopped.
+        """Called by uvicorn for a signal. Where all others that listen on its sockets stop, too, connections
+        wait in them for nobody as long as it has not started.
         """
         super().handle_exit(sig, frame)
         if not self.started:
