@@ -3,103 +3,33 @@
 import asyncio
 import contextlib
 import contextvars
-import dataclasses
 import json
-import ssl
 import time
 
-import httpx
-import numpy as np
 import pytest
-import trustme
-from tritonclient.utils import InferenceServerException
 
-from backends.contract import DENSE, LOGITS, N_TOKENS, TOKEN_EMBEDDINGS, TRUNCATED
-from gateway import byte_budget, metrics
-from gateway.admission import AdmissionLimits
-from gateway.context import Lane, RequestContext, enter
-from gateway.errors import Unavailable
-from gateway.inference import GrpcInference
+from backends.contract import N_TOKENS
+from gateway import metrics
+from gateway.context import Lane
 from gateway.keys import digest_of
 from tests.gateway.conftest import running
-from tests.support.fake_inference import CLASSIFIER, PIPELINE, RERANKER
+from tests.support.canned_inference import Answer, Client, canned_inference, until
+from tests.support.fake_inference import PIPELINE
 from tests.support.figures import show
-from tests.support.gateway import listening
 
 # A text of 60 bytes has 16 tokens at most, the model's limit; a budget is 64.
 TEXT = "x" * 60
-MODELS = [PIPELINE, dataclasses.replace(RERANKER), CLASSIFIER]
-
-
-class Client:
-    """The server: answers when it may, and keeps what it was asked."""
-
-    def __init__(self):
-        self.asked = []
-        self.cancelled = 0
-        self.release = asyncio.Event()
-        self.release.set()
-        self.fault = None
-        self.width = 8
-
-    async def infer(self, model, inputs, *, parameters, **options):
-        count = inputs[0].shape()[0]
-        if "deadline_ms" in (parameters or {}):
-            self.asked.append(parameters)
-            try:
-                await self.release.wait()
-            except asyncio.CancelledError:
-                self.cancelled += 1
-                raise
-        if self.fault is not None and "deadline_ms" in (parameters or {}):
-            raise InferenceServerException(*self.fault)
-        return Answer(count, self.width)
-
-    async def close(self):
-        pass
-
-
-class Answer:
-    def __init__(self, count, width=8):
-        self.count = count
-        self.width = width
-
-    def as_numpy(self, name):
-        rows = {
-            DENSE: np.ones((self.count, self.width), np.float32),
-            LOGITS: np.ones((self.count, 3), np.float32),
-            N_TOKENS: np.ones((self.count, 1), np.int32),
-            TRUNCATED: np.zeros((self.count, 1), bool),
-        }
-        return rows[name]
-
-
-class Canned(GrpcInference):
-    """Models of the tests, and a server that the test directs."""
-
-    async def pipelines(self):
-        return MODELS
 
 
 @pytest.fixture
 async def inference():
-    limits = AdmissionLimits(2.0, 0.75, {Lane.INTERACTIVE: 300, Lane.BULK: 600}, 10**6)
-    made = Canned(["127.0.0.1:9"], 300, 10**6, limits=limits)
-    await made.servers[0].client.close()
-    made.servers[0].client = Client()
-    return made
+    return await canned_inference()
 
 
 @pytest.fixture
 async def client(inference):
     async with running(inference) as made:
         yield made
-
-
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0)
 
 
 def lane(inference, which=Lane.INTERACTIVE, name="tiny"):
@@ -242,98 +172,6 @@ async def test_a_requests_duration_is_told_by_the_lane_it_waited_in(client):
     before = durations(Lane.BULK)
     await client.post("/v1/embeddings", json={"input": [TEXT] * 9})
     assert durations(Lane.BULK) == before + 1, "by its size"
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "tls"])
-def tls(request, tmp_path):
-    """Settings of a gateway, how it is called, and what its clients trust; with and without a certificate."""
-    if not request.param:
-        return {}, "http", None
-    authority = trustme.CA()
-    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "own.pem")
-    trusted = ssl.create_default_context()
-    authority.configure_trust(trusted)
-    return {"tls_cert_file": tmp_path / "own.pem"}, "https", trusted
-
-
-# More than the system's buffers of a connection hold.
-LARGE = {"input": ["a"] * 512}
-WIDTH = 16_384
-
-
-async def begin_large(inference, gateway, trusted):
-    """A client that has read the first line of a large answer."""
-    inference.servers[0].client.width = WIDTH
-    inference._max_answer_bytes = 2**30
-    reader, writer = await asyncio.open_connection(*gateway.address, limit=2**16, ssl=trusted)
-    text = json.dumps(LARGE)
-    head = f"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: {len(text)}\r\n\r\n"
-    writer.write((head + text).encode())
-    assert b" 200 " in await reader.readline()
-    return reader, writer
-
-
-async def test_answers_that_nobody_reads_keep_out_others_as_large(inference, tls):
-    settings, scheme, trusted = tls
-    inference.answers = byte_budget.answers(40 * 2**20)
-    with listening(inference, min_bytes_per_s=0, **settings) as gateway:
-        _, writer = await begin_large(inference, gateway, trusted)
-        url = gateway.url.replace("http", scheme)
-        held = 512 * WIDTH * 4 - 256 * 2**10
-        await until(lambda: inference.answers.held >= held)
-        async with httpx.AsyncClient(base_url=url, timeout=60, verify=trusted or True) as client:
-            for _ in range(3):
-                answer = await client.post("/v1/embeddings", json=LARGE)
-                assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-                assert answer.json()["error"]["code"] == "too_many_answers"
-                assert "the operator can raise the limit with GATEWAY_MAX_ANSWER_BYTES_TOTAL" in answer.text
-            assert (await client.post("/v1/embeddings", json={"input": "a"})).status_code == 200
-            assert inference.answers.held >= held, "it is not read yet"
-            writer.transport.abort()
-            await until(lambda: inference.answers.held == 0)
-            assert (await client.post("/v1/embeddings", json=LARGE)).status_code == 200, "a control"
-            await until(lambda: inference.answers.held == 0)
-
-
-@pytest.mark.parametrize("limit", [{"min_bytes_per_s": 512, "progress_window_s": 1}, {"body_timeout_s": 2}])
-async def test_who_does_not_take_a_large_answer_is_cut_off(inference, tls, limit):
-    settings, _, trusted = tls
-    with listening(inference, **{"min_bytes_per_s": 0, **limit}, **settings) as gateway:
-        _, writer = await begin_large(inference, gateway, trusted)
-        await until(lambda: gateway.connections == 0)
-        await until(lambda: inference.answers.held == 0)
-        writer.transport.abort()
-
-
-async def test_who_takes_a_large_answer_slowly_gets_all_of_it(inference, tls):
-    settings, _, trusted = tls
-    with listening(inference, progress_window_s=0.5, **settings) as gateway:
-        reader, writer = await begin_large(inference, gateway, trusted)
-        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-        left = int(head.partition("content-length: ")[2].split()[0])
-        while left:
-            # A pause of most of the window now and then, in which the system's buffers fill up.
-            part = await reader.read(2**16)
-            assert part, f"{left} bytes are missing"
-            left -= len(part)
-            if left // 2**22 != (left + len(part)) // 2**22:
-                await asyncio.sleep(0.4)
-        await until(lambda: inference.answers.held == 0)
-        writer.close()
-
-
-async def test_an_answer_with_a_vector_for_each_token_that_has_no_room_is_not_computed(inference):
-    inference.answers = byte_budget.answers(10**6)
-    inference.answers.enter().add(2 * 10**6)
-    enter(RequestContext("r"))
-    with pytest.raises(Unavailable, match="take 1737856 of 1000000 bytes"):
-        await inference.infer(PIPELINE, [b"a"], [TOKEN_EMBEDDINGS], {})
-    assert inference.servers[0].client.asked == []
-    await inference.infer(PIPELINE, [b"a"], [DENSE], {})
-    wide = dataclasses.replace(PIPELINE, dimensions=4096)
-    with pytest.raises(Unavailable):
-        await inference.infer(wide, [b"a"] * 64, [DENSE], {})
-    assert len(inference.servers[0].client.asked) == 1
 
 
 async def test_a_header_and_the_operators_limit(client, inference):
