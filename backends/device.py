@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 TORCH_DTYPES = {"FP32": torch.float32, "BF16": torch.bfloat16, "FP16": torch.float16}
 """By the server's name of the data type."""
+# In the words of CUDA and Triton, of its libraries, and of torch on the CPU.
 _SIGNS_OF_NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
 # Of torch's builds only those for CUDA bring triton.
 _KERNEL_DEVICES = {"cuda"} if find_spec("triton") else set()
@@ -38,8 +39,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether it says that there is no room for so much at once, on a GPU or off it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # What is not torch's own allocator has no class of its own: the driver, its libraries, kernels, and on
-    # the CPU malloc.
+    # Only torch's own allocator has a class of its own for it.
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_NO_MEMORY)
 
 

@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(300.0, gt=0)
     """A request that is not answered this long after it came fails with 504; it may ask for less time."""
     in_flight_budgets: float = Field(2.0, ge=0.5)
-    """Token budgets of a model (--max-batch-tokens) that its server has at once, from each gateway process;
+    """Token budgets of a model (--max-batch-tokens) that each server has at once, from each gateway process;
     the rest waits in the gateway. Short urgent requests may have a quarter of it besides.
     """
     interactive_share: float = Field(0.75, gt=0, lt=1)

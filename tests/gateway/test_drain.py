@@ -31,7 +31,9 @@ async def test_what_is_not_answered_in_time_is_refused_in_its_own_dialect(monkey
     drain = Drain()
     monkeypatch.setattr("gateway.app.Drain", lambda: drain)
     inference = FakeInference()
-    async with running(inference, canary_interval_s=3600) as client:
+    page = "https://app.example.com"
+    async with running(inference, canary_interval_s=3600, cors_origins=page) as client:
+        client.headers["origin"] = page
         await client.post("/v1/embeddings", json=BODY)
         inference.release.clear()
         late = [
@@ -50,6 +52,9 @@ async def test_what_is_not_answered_in_time_is_refused_in_its_own_dialect(monkey
     assert {answer.headers["retry-after"] for answer in answers} == {"1"}
     assert {answer.headers["connection"] for answer in answers} == {"close"}
     assert all("x-request-id" in answer.headers for answer in answers)
+    assert {answer.headers["access-control-allow-origin"] for answer in answers} == {page}, (
+        "a page can read it"
+    )
     texts = [answer.json() for answer in answers]
     assert "the gateway is stopping" in texts[0]["error"]["message"]
     assert "the gateway is stopping" in texts[1]["message"]
